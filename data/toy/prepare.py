@@ -1,0 +1,578 @@
+"""A toy world that a tiny model learns in minutes: real mp4s, speech, facts, questions, agent rollouts.
+
+Stands in for the paper's training data (§4): text, image and video captions for CPT, multiple choice and
+grounding for SFT and RL, long clips with hidden evidence for the agent (§3.1). A clip is a row of scenes; in
+each, one coloured shape moves over a background, and no (colour, shape) pair comes twice. Beyond that:
+flashes of one second at the frame's border, words "said" in an .srt beside each long clip, and a folder of
+texts on what each object eats and where it lives. Scenes last 2-6 s and wrong options are things of the same
+clip, so that trivial guesses score low.
+
+    python data/toy/prepare.py --out DIR                       # half a minute: all files of the default run
+    python data/toy/prepare.py --out DIR --pretrain 2000       # and clips for pretraining the tiny base model
+
+Every clip comes from default_rng([seed, split, index]): one seed, the same bytes, whatever --jobs is. A
+finished data set leaves done.json; an interrupted one goes on where it stopped.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import Pool
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+VERSION = 1  # raise it when the same settings give other data: older folders are then refused, not mixed
+
+# ---- the world -------------------------------------------------------------------------------------------
+COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
+           "purple": (130, 40, 172), "orange": (242, 128, 16), "cyan": (36, 212, 224),
+           "pink": (255, 120, 190)}
+SHAPES = {s: s + "s" for s in ("circle", "square", "triangle", "ring", "diamond")} | {"cross": "crosses"}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BACKGROUNDS = {"grey": (125, 125, 125), "sand": (205, 182, 140), "slate": (66, 80, 100),
+               "mint": (185, 220, 200)}
+FLASHES = {"white": (255, 255, 255), "black": (0, 0, 0), "lime": (160, 255, 0), "magenta": (255, 0, 220),
+           "navy": (0, 0, 140), "maroon": (120, 0, 30)}
+WORDS = ("maple river candle window garden silver bridge thunder pencil island mirror rocket basket winter "
+         "lantern pepper velvet anchor planet marble dragon needle saddle violin").split()
+FOODS = "moss fern honey bread corn rice kelp nuts plums figs clover grass bark seeds salt beans".split()
+PLACES = "cave tower barn pond nest tent well mill boat shed cabin grove".split()
+PAIRS = [(c, s) for c in COLOURS for s in SHAPES]
+FPS, SIZE, BORDER = 4, 32, 3  # frames a second in the file, pixels, width of a flash
+COARSE, DIRECT = 24, 48  # frames that the agent sees first; frames of its whole budget, for direct answering
+MCQ = ["colour", "shape", "direction", "what", "order", "count"]
+UNSEEN = ["brief", "speech", "fact"]  # kinds whose evidence the coarse pass does not show
+SEEN = ["colour", "shape", "direction", "what"]  # asked at a time that the coarse pass does show
+
+TEXT = dict(
+    colour="What colour is the shape at {t} seconds?", shape="Which shape is shown at {t} seconds?",
+    direction="Which way does the shape move at {t} seconds?", what="What is shown at {t} seconds?",
+    order="Which of these appears first?", count="How many scenes show a {shape}?",
+    brief="Which colour flashes between {a} and {b} seconds?", speech="Which word is said at {t} seconds?",
+    fact="What does the shape at {t} seconds eat?", grounding="When is the {object} shown?",
+    span="From {a} to {b} seconds.", caption="Describe the video.", part="{a} to {b}: {scene}.",
+    lookup="Describe {t} seconds.", find="Find the {object}.", found="{a} to {b}",
+    tally="Count the {shapes}.", first="Which is earlier, {x} or {y}?",
+    image="Describe the image.", still="{colour} {shape} on {background}",
+    scene="{colour} {shape} moving {direction} on {background}", flash=" with a {flash} flash",
+    verify="Claim: at {t} seconds there is a {object}.\nAnswer support, contradict or unclear.",
+    eats="The {object} eats {food}.", lives="The {object} lives in a {place}.",
+    ask_eats="What does the {object} eat?", ask_lives="Where does the {object} live?",
+    said="{a} to {b}: the word is {word}", silence="no speech between {a} and {b} seconds", error="error: ",
+    view="{a} to {b} seconds.", hit="[{colour}_{shape}.txt] {fact}", query="{object} eats",
+    system="You are a video agent. Look, listen and search before you answer.",
+    think_brief="fine-grained: a flash is brief, look from {a} to {b} seconds.",
+    saw_brief="{flash} flash at {t} seconds.", think_speech="speech: hear what is said at {t} seconds.",
+    saw_speech="the word is {word}.", think_fact="knowledge: look at {t} seconds, then search.",
+    then_fact="knowledge: the shape is a {object}.", saw_fact="the {object} eats {food}.",
+    think_seen="temporal: check {t} seconds.", saw_seen="{scene}.")
+TOOLS = {"view": ("start", "end", "fps"), "asr": ("start", "end"), "web_search": ("query",), "summarize": (),
+         "temporal_grounding": ("query",), "video_segmentation": ("start", "end"),
+         "memory_read": ("query", "start", "end"), "memory_write": ("text", "start", "end"),
+         "verify": ("claim", "evidence"), "answer": ("text", "evidence")}
+
+
+def tell(kind, **fields):
+    return TEXT[kind].format(**{k: f"{v:.1f}" if isinstance(v, float) else v for k, v in fields.items()})
+
+
+@dataclass
+class Scene:
+    start: float
+    end: float
+    colour: str
+    shape: str
+    direction: str
+    background: str
+
+    @property
+    def object(self):
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass
+class Clip:
+    path: str  # relative to the data set
+    duration: int
+    scenes: list
+    flashes: dict = field(default_factory=dict)  # second -> colour; a flash lasts that one second
+    words: dict = field(default_factory=dict)  # second -> word; a word lasts two seconds
+
+    def scene(self, t):
+        return next(s for s in self.scenes if s.start <= t < s.end)
+
+    def seconds(self, start=0, end=None):
+        """Integer times T whose frames T and T+0.5, one temporal patch at 2 fps, lie in one scene."""
+        return [t for t in range(start, end or self.duration) if self.scene(t) is self.scene(t + 0.5)]
+
+    def phrase(self, start, end):
+        """The scene at `start`, with the flash that falls into [start, end)."""
+        text = tell("scene", **asdict(self.scene(start)))
+        seen = [c for t, c in self.flashes.items() if start < t + 1 and t < end]
+        return text + "".join(tell("flash", flash=colour) for colour in seen)
+
+    def unseen_seconds(self):
+        """Times in scenes of which the coarse pass has no frame at all."""
+        hidden = [s for s in self.scenes if not shows(self.duration, COARSE, s.start, s.end)]
+        return [t for t in self.seconds(1) if self.scene(t) in hidden]
+
+    def seen_seconds(self):
+        """Times in a coarse pair whose two frames show one scene."""
+        pairs = [t for t in pair_times(self.duration, COARSE) if self.scene(t) is self.scene(t + 0.5)]
+        return [t for t in self.seconds(1) if t in pairs or t - 0.5 in pairs]
+
+
+def pair_times(duration, max_frames):
+    """First frame of each pair of the `pairs` sampling, iv3.read_video's rule: the second is 0.5 s later."""
+    n = max_frames // 2
+    return [math.floor(((i + 0.5) * duration / n - 0.25) * 2) / 2 for i in range(n)]
+
+
+def shows(duration, max_frames, start, end):
+    """Does that sampling have a frame in [start, end)?"""
+    return any(start <= t + d < end for t in pair_times(duration, max_frames) for d in (0, 0.5))
+
+
+def pick(rng, items, n=None):
+    """One item, or a list of n different ones."""
+    items = list(items)
+    order = rng.permutation(len(items))
+    return items[order[0]] if n is None else [items[i] for i in order[:n]]
+
+
+def script(rng, path, length):
+    """Draws what happens in a clip that is short (12-24 s), long (60-120 s) or for pretraining (40 s)."""
+    low, high = (3, 6) if length == "long" else (2, 4)
+    while True:
+        duration = int({"short": rng.integers(12, 25), "long": rng.integers(60, 121), "pretrain": 40}[length])
+        cuts = [0.0]
+        while (left := duration - cuts[-1]) > high:  # what a scene leaves is enough for one more
+            cuts.append(cuts[-1] + int(rng.integers(low * 2, int(min(high, left - low) * 2) + 1)) / 2)
+        # some shapes are common in a clip, some rare: otherwise every count would be 1 or 2
+        weights = np.tile(rng.dirichlet([0.7] * len(SHAPES)) + 0.02, len(COLOURS))
+        pairs = rng.choice(len(PAIRS), len(cuts), replace=False, p=weights / weights.sum())
+        clip, ground = Clip(path, duration, []), None
+        for start, end, pair in zip(cuts, [*cuts[1:], float(duration)], pairs):
+            ground = pick(rng, [b for b in BACKGROUNDS if b != ground])  # a cut can always be seen
+            clip.scenes.append(Scene(start, end, *PAIRS[pair], pick(rng, DIRECTIONS), ground))
+        many = rng.integers(*{"short": (1, 3), "long": (3, 6), "pretrain": (2, 5)}[length])
+        for i, colour in enumerate(pick(rng, FLASHES, many)):
+            taken = [clip.scene(u) for u in clip.flashes]
+            free = [t for t in clip.seconds() if clip.scene(t) not in taken]
+            if length == "long":  # far apart: a window of 10 s holds one; the coarse pass misses two
+                free = [t for t in free if all(abs(t - u) >= 10 for u in clip.flashes)
+                        and (i > 1 or not shows(duration, COARSE, t, t + 1))]
+            clip.flashes |= {pick(rng, free): colour} if free else {}
+        for word in pick(rng, WORDS, rng.integers(4, 9)) if length == "long" else ():
+            free = [t for t in range(2, duration - 3) if all(abs(t - u) >= 5 for u in clip.words)]
+            clip.words |= {pick(rng, free): word} if free else {}
+        clip.flashes, clip.words = dict(sorted(clip.flashes.items())), dict(sorted(clip.words.items()))
+        if len(clip.scenes) >= 5 and (length != "long" or (  # enough for every question, or it is drawn again
+                len(clip.flashes) >= 3 and len(clip.words) >= 4 and len(clip.unseen_seconds()) >= 2
+                and len(clip.seen_seconds()) >= 2)):
+            return clip
+
+
+def draw_facts(rng):
+    return {f"{c} {s}": {"food": pick(rng, FOODS), "place": pick(rng, PLACES)} for c, s in PAIRS}
+
+
+# ---- drawing and writing media ---------------------------------------------------------------------------
+def cover(shape, x, y, r):
+    """How much of each pixel the shape covers, 0..1, from the distance to its edge; (0, 0) is its centre."""
+    x, down, y, far = np.abs(x), y, np.abs(y), np.hypot(x, y)
+    edge = {"circle": far - r, "ring": np.abs(far - 0.76 * r) - 0.24 * r,
+            "square": np.maximum(x, y) - 0.86 * r, "diamond": (x + y - 1.15 * r) / 2 ** 0.5,
+            "triangle": np.maximum(down - 0.85 * r, (1.85 * x - down - r) / 2.1),
+            "cross": np.minimum(np.maximum(x - 0.3 * r, y - r), np.maximum(y - 0.3 * r, x - r))}[shape]
+    return np.clip(0.5 - edge, 0, 1)
+
+
+def draw_scene(rng, scene, frames):
+    """(frames, 32, 32, 3). Size, speed, place, tint and texture vary; what leaves comes back opposite."""
+    r, speed = rng.uniform(7, 9), rng.uniform(9, 15)  # pixels, pixels a second
+    ys, xs = np.mgrid[:SIZE, :SIZE] + 0.5
+    step = np.array(DIRECTIONS[scene.direction]) * speed / FPS
+    across = rng.uniform(r + 1, SIZE - r - 1)
+    centre = np.where(step != 0, rng.uniform(0, SIZE, 2), across) + np.arange(frames)[:, None] * step
+    x, y = ((g - centre[:, i, None, None] + SIZE / 2) % SIZE - SIZE / 2 for i, g in enumerate((xs, ys)))
+    wave = np.sin(rng.uniform(-0.5, 0.5) * xs + rng.uniform(-0.5, 0.5) * ys)[..., None]
+    ground = np.array(BACKGROUNDS[scene.background]) + 5 * wave + rng.normal(0, 3, 3)
+    mask = cover(scene.shape, x, y, r)[..., None]
+    return ground * (1 - mask) + (np.array(COLOURS[scene.colour]) + rng.normal(0, 4, 3)) * mask
+
+
+def draw_clip(rng, clip):
+    frames = np.concatenate([draw_scene(rng, s, round((s.end - s.start) * FPS)) for s in clip.scenes])
+    border = np.pad(np.zeros([SIZE - 2 * BORDER] * 2, bool), BORDER, constant_values=True)
+    for t, colour in clip.flashes.items():
+        frames[t * FPS:(t + 1) * FPS, border] = FLASHES[colour]
+    return frames
+
+
+def write_text(path, text):
+    """Under another name first: a file that is there is whole."""
+    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def write_media(path, rng, frames, container, codec, pix_fmt, options):
+    frames = np.clip(frames + rng.normal(0, 2.5, frames.shape), 0, 255).astype(np.uint8)
+    with av.open(f"{path}.tmp", "w", format=container) as out:
+        stream = out.add_stream(codec, rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, pix_fmt
+        stream.codec_context.thread_count = 1  # the same bytes on every machine
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_clip(out, clip, rng):
+    lines = []
+    for i, (t, word) in enumerate(clip.words.items(), 1):
+        start, end = (f"00:{x // 60:02d}:{x % 60:02d},000" for x in (t, t + 2))
+        lines.append(f"{i}\n{start} --> {end}\nthe word is {word}\n")
+    if lines:
+        write_text((out / clip.path).with_suffix(".srt"), "\n".join(lines))
+    # a key frame every 2 s: seeking stays cheap; mbtree at this frame size gives other bytes now and then
+    options = {"preset": "veryfast", "crf": "20", "g": str(2 * FPS), "x264-params": "mbtree=0"}
+    write_media(out / clip.path, rng, draw_clip(rng, clip), "mp4", "libx264", "yuv420p", options)
+
+
+# ---- questions -------------------------------------------------------------------------------------------
+def make(task, kind, media, text, reply, answer=None, **more):
+    """A row: one question about one video or image (or about the text alone) and its answer."""
+    content = [media, {"type": "text", "text": text}] if media else text
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+    return {"task": task, "kind": kind, "messages": messages, "answer": answer or reply, **more}
+
+
+class Asker:
+    """Makes rows about one clip. The right option goes round A B C D within each kind, over all clips."""
+
+    def __init__(self, rng, clip, index, facts):
+        self.rng, self.clip, self.index, self.facts, self.asked = rng, clip, index, facts, Counter()
+
+    def video(self, **how):
+        return {"type": "video", "video": self.clip.path, **how}
+
+    def question(self, kind, t, a=None, b=None):
+        """-> text with the options, reply, {answer, options}. Wrong options are things of the clip, and of
+        the world only where the clip has too few."""
+        rng, clip, fill, shape = self.rng, self.clip, (), None
+        here = clip.scene(t)
+        # index // 4: kinds go round as well, and in step with them a kind would keep to some of the letters
+        place = (self.index + self.index // 4 + self.asked[kind] + (MCQ + UNSEEN).index(kind)) % 4
+        self.asked[kind] += 1
+        if kind == "order":
+            four = sorted(pick(rng, clip.scenes, 4), key=lambda s: s.start)
+            right, wrong = four[0].object, [s.object for s in four]
+        elif kind == "count":
+            shown = {s: sum(x.shape == s for x in clip.scenes) for s in SHAPES}
+            rank = min(rng.integers(4), max(shown.values()))  # the answer's rank among the options is uniform
+            shape = pick(rng, [s for s in SHAPES if shown[s] >= rank])
+            right, wrong = str(shown[shape]), [str(shown[shape] - rank + i) for i in range(4)]
+        elif kind == "brief":
+            right, wrong, fill = clip.flashes[t], clip.flashes.values(), FLASHES
+        elif kind == "speech":
+            right, wrong, fill = clip.words.get(t) or clip.words[t - 1], clip.words.values(), WORDS
+        elif kind == "fact":
+            right, fill = self.facts[here.object]["food"], FOODS
+            wrong = [self.facts[s.object]["food"] for s in clip.scenes]
+        else:
+            name = "object" if kind == "what" else kind
+            right, wrong = getattr(here, name), [getattr(s, name) for s in clip.scenes]
+            fill = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "what": ()}[kind]
+        options = pick(rng, sorted(set(wrong) - {right}), 3)
+        options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
+        options.insert(place, right)
+        text = "\n".join([tell(kind, t=t, a=a, b=b, shape=shape), *map("{}. {}".format, "ABCD", options)])
+        return text, f"{right} ({'ABCD'[place]})", {"answer": "ABCD"[place], "options": options}
+
+    def mcq(self, kinds):
+        for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
+            text, reply, more = self.question(kind, t)
+            yield make("mcq", kind, self.video(), text, reply, **more)
+
+    def grounding(self, n):
+        for s in pick(self.rng, self.clip.scenes, n):
+            yield make("grounding", "grounding", self.video(), tell("grounding", object=s.object),
+                       tell("span", a=s.start, b=s.end), [s.start, s.end])
+
+    def dense(self, caption, lookup, find, first, tally, window=None):
+        """The base model's formats: captions and short look-ups, over the clip or over a window of it."""
+        rng, clip, (start, end) = self.rng, self.clip, window or (0, self.clip.duration)
+        video = self.video(start=start, end=end) if window else self.video()
+        parts = [replace(s, start=max(s.start, float(start)), end=min(s.end, float(end)))  # cut at the window
+                 for s in clip.scenes if s.start < end and s.end > start]
+        if caption:
+            yield make("caption", "caption", video, TEXT["caption"], " ".join(
+                tell("part", a=s.start, b=s.end, scene=clip.phrase(s.start, s.end)) for s in parts))
+        for t in pick(rng, clip.seconds(start, end), lookup):
+            yield make("caption", "lookup", video, tell("lookup", t=t), clip.phrase(t, t + 1))
+        whole = [s for s in parts if s.end - s.start >= 1]
+        for s in pick(rng, whole, find):
+            yield make("caption", "find", video, tell("find", object=s.object),
+                       tell("found", a=s.start, b=s.end))
+        for _ in range(first):
+            x, y = pick(rng, whole, 2)
+            yield make("caption", "first", video, tell("first", x=x.object, y=y.object),
+                       min(x, y, key=lambda s: s.start).object)
+        shown = {s: sum(p.shape == s for p in parts) for s in SHAPES}
+        for _ in range(tally):
+            count = pick(rng, sorted(set(shown.values())))
+            shape = pick(rng, [s for s in SHAPES if shown[s] == count])
+            yield make("caption", "tally", video, tell("tally", shapes=SHAPES[shape]), str(count))
+
+    def verify(self, n):
+        rng, clip = self.rng, self.clip
+        for i in range(n):
+            verdict = ("support", "contradict", "unclear")[(self.index * n + i) % 3]
+            t, width = pick(rng, clip.seconds()), int(rng.integers(4, 9))
+            named = clip.scene(t).object
+            if verdict == "contradict":
+                named = pick(rng, [s.object for s in clip.scenes if s.object != named])
+            a = pick(rng, [a for a in range(clip.duration - width + 1)
+                           if (a <= t < a + width) != (verdict == "unclear")])
+            yield make("mcr", "verify", self.video(start=a, end=a + width),
+                       tell("verify", t=t, object=named), verdict)
+
+    def agent(self, kinds, exam=False):
+        """Agent questions. For training: the oracle's rollout of each and, beside it, the question asked
+        directly. For a test: the question alone, with the budget of frames (the coarse pass included)."""
+        clip, rng = self.clip, self.rng
+        times = {kind: clip.seen_seconds() for kind in SEEN} | {"fact": clip.unseen_seconds()}
+        times["brief"] = [t for t in clip.flashes if not shows(clip.duration, COARSE, t, t + 1)]
+        times["speech"] = [t + int(rng.integers(2)) for t in clip.words]
+        times = {kind: pick(rng, ts, len(ts)) for kind, ts in times.items()}
+        for kind in kinds:
+            t, a, b = times[kind].pop(), None, None
+            start, end, found = clip.scene(t).start, clip.scene(t).end, [t, t + 1]
+            if kind == "brief":
+                width, start, end = int(rng.integers(8, 11)), t, t + 1
+                a = pick(rng, range(max(0, t - width + 1), min(t, clip.duration - width) + 1))
+                b = a + width
+            elif kind == "speech":
+                found = [t, t + 2] if t in clip.words else [t - 1, t + 1]
+            text, reply, more = self.question(kind, t, a, b)
+            more |= {"evidence": [found], "unseen": kind in UNSEEN,
+                     "direct_seen": kind != "speech" and shows(clip.duration, DIRECT, start, end)}
+            coarse = self.video(max_frames=COARSE, pairs=True)
+            if exam:
+                yield make("mcr", kind, coarse, text, reply, frames=DIRECT, facts="facts/test", **more)
+                continue
+            row = make("mcr", kind, coarse, text, reply, facts="facts/train", **more)
+            row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0],
+                               *self.oracle(kind, t, a, b, reply, found)]
+            yield row
+            yield make("mcq", kind, self.video(max_frames=DIRECT, pairs=True), text, reply, **more)
+
+    def oracle(self, kind, t, a, b, reply, found):
+        """What a good agent does: choose a route, get the evidence in one or two calls, answer, cite it."""
+        scene, word = self.clip.scene(t), reply.split()[0]
+
+        def call(think, tool, **arguments):
+            text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
+            return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
+
+        def look(think, a, b):
+            seen = [self.video(start=a, end=b, fps=2), {"type": "text", "text": tell("view", a=a, b=b)}]
+            return [call(think, "view", start=a, end=b), {"role": "tool", "content": seen}]
+
+        if kind == "brief":
+            turns = look(tell("think_brief", a=a, b=b), a, b)
+            saw = tell("saw_brief", flash=word, t=t)
+        elif kind == "speech":
+            heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
+            turns = [call(tell("think_speech", t=t), "asr", start=t - 2, end=t + 2),
+                     {"role": "tool", "content": heard}]
+            saw = tell("saw_speech", word=word)
+        elif kind == "fact":
+            names = {"object": scene.object, "food": word, "colour": scene.colour, "shape": scene.shape}
+            turns = look(tell("think_fact", t=t), t - 1, t + 1)
+            turns += [call(tell("then_fact", **names), "web_search", query=tell("query", **names)),
+                      {"role": "tool", "content": tell("hit", fact=tell("eats", **names), **names)}]
+            saw = tell("saw_fact", **names)
+        else:
+            turns = look(tell("think_seen", t=t), t - 1, t + 1)
+            saw = tell("saw_seen", scene=tell("scene", **asdict(scene)))
+        return [*turns, call(saw, "answer", text=reply, evidence=[found])]
+
+
+def text_row(rng):
+    """Reading: facts or subtitles in the prompt, then a question about one. Facts are new each time."""
+    kind, n = pick(rng, ["eats", "lives", "said"]), int(rng.integers(2, 6))
+    if kind == "said":
+        times, words, i = sorted(pick(rng, range(0, 120, 5), n)), pick(rng, WORDS, n), rng.integers(n)
+        lines = [tell("said", a=float(t), b=t + 2.0, word=w) for t, w in zip(times, words)]
+        return make("text", kind, None, "\n".join([*lines, tell("speech", t=times[i])]), words[i])
+    facts = draw_facts(rng)
+    names = pick(rng, facts, n)
+    asked = pick(rng, names)
+    told = " ".join(tell(kind, object=o, **facts[o]) for o in names)
+    return make("text", kind, None, told + "\n" + tell("ask_" + kind, object=asked),
+                facts[asked]["food" if kind == "eats" else "place"])
+
+
+def image_row(rng, out, path):
+    scene = Scene(0, 1, *pick(rng, PAIRS), pick(rng, DIRECTIONS), pick(rng, BACKGROUNDS))
+    write_media(out / path, rng, draw_scene(rng, scene, 1), "image2pipe", "png", "rgb24", {})
+    image = {"type": "image", "image": path}
+    return make("caption", "image", image, TEXT["image"], tell("still", **asdict(scene)))
+
+
+def pieces():
+    """Strings for a greedy longest-match tokenizer (bytes catch the rest). What stands between the blanks of
+    TEXT is one piece, spaces included: so a word or a number is the same piece in a question, an option, a
+    tool call and an answer, and copying it is copying one token. Special tokens (<think>) are not in it."""
+    found = {part for text in TEXT.values() for part in re.split(r"\{\w+\}", text)}
+    words = {*COLOURS, *SHAPES, *SHAPES.values(), *DIRECTIONS, *BACKGROUNDS, *FLASHES, *WORDS, *FOODS,
+             *PLACES, *TOOLS, "global", *(w for part in found for w in re.findall(r"[A-Za-z]+", part))}
+    found |= words | {" " + w for w in words}
+    found |= {form.format(i) for i in range(181) for form in ("{}", "<{}")}
+    found |= {f".{i}{end}" for i in range(10) for end in ("", " seconds>")}
+    found |= {form.format(x) for x in "ABCD" for form in ("{}", "\n{}. ", " ({})")}
+    found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]"}
+    found |= {'\n{"name": "', '", "arguments": {', '\n{"name": "summarize", "arguments": {}}\n'}
+    found |= {'"}}\n', "}}\n", "]]}}\n"}
+    for tool, names in TOOLS.items():
+        after = {"evidence": "[[", "start": "", "end": "", "fps": ""}  # the others are strings
+        opened = [f'"{name}": ' + after.get(name, '"') for name in names]
+        found |= {start + name for name in opened for start in (", ", '", ')}
+        found |= {f'\n{{"name": "{tool}", "arguments": {{{name}' for name in opened[:1]}
+    return sorted(found - {""})
+
+
+# ---- splits ----------------------------------------------------------------------------------------------
+SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
+    "pretrain": ("pretrain", "pretrain", 0, ["pretrain"]), "cpt": ("cpt", "short", 30, ["cpt"]),
+    "sft": ("sft", "short", 600, ["sft_short"]), "sft_agent": ("sft", "long", 40, ["sft_short"]),
+    "long": ("long", "long", 160, ["sft_long"]), "rl": ("rl", "short", 200, ["rl"]),
+    "rl_long": ("rl", "long", 40, ["rl"]), "val": ("val", "short", 40, ["val"]),
+    "test": ("test", "short", 100, ["test_short"]),
+    "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
+TEXTS, IMAGES = 600, 1100  # rows of cpt; with 300 of video the paper's 30 : 55 : 15 (§4, share of samples)
+
+
+def rows_of(split, ask, i):
+    """-> one list of rows for each file of the split. Kinds go round, from clip to clip as well."""
+    def kinds(names, n):
+        return [names[(i * n + k) % len(names)] for k in range(n)]
+
+    if split == "pretrain":  # all rows have one window, so that they can be packed behind one video
+        width = int(ask.rng.integers(12, 25))
+        start = int(ask.rng.integers(ask.clip.duration - width + 1))
+        return [ask.dense(1, 10, 8, 3, 3, (start, start + width))]
+    if split in ("cpt", "val"):
+        return [ask.dense(1, 4, 3, 1, 1)]
+    if split == "sft":  # new formats, and the base's own so that they are not forgotten
+        return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.dense(1, 3, 3, 1, 1)]]
+    if split in ("rl", "rl_long", "test"):
+        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(4)]]
+    if split == "test_long":
+        agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
+        return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)], agent]
+    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(2)]
+    if split == "sft_agent":
+        return [agent]
+    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *agent, *ask.dense(0, 2, 2, 0, 0)]]
+
+
+def make_clip(job):
+    """One clip: its media on disk, its rows returned. The drawing has a generator of its own, so that what an
+    interrupted run has written (`resume`) need not be drawn again."""
+    out, seed, split, i, facts, resume = job
+    folder, length, _, files = SPLITS[split]
+    key = [seed, list(SPLITS).index(split), i]
+    rng = np.random.default_rng(key)
+    clip = script(rng, f"clips/{folder}/{'long_' if length == 'long' else ''}{i:05d}.mp4", length)
+    if not (resume and (out / clip.path).exists()):
+        write_clip(out, clip, np.random.default_rng([*key, 1]))
+    known = {"clip": clip.path, "duration": clip.duration}
+    return [[{"id": f"{name}-{Path(clip.path).stem}-{n:02d}", **row, **known} for n, row in enumerate(rows)]
+            for name, rows in zip(files, rows_of(split, Asker(rng, clip, i, facts), i))]
+
+
+class SettingsError(ValueError):
+    """A mistake of the user's: one line that says what to do."""
+
+
+def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
+    """Writes the whole data set to the folder `out`; does nothing if it is there with the same settings."""
+    out = Path(out)
+    for flag, good in ((f"--seed {seed}", seed >= 0), (f"--scale {scale}", 0 < scale <= 100),
+                       (f"--pretrain {pretrain}", pretrain >= 0), (f"--jobs {jobs}", jobs >= 1)):
+        if not good:
+            raise SettingsError(f"{flag}: too small (--scale: above 0, at most 100)")
+    clips = {s: max(2, round(n * scale)) if n else pretrain for s, (_, _, n, _) in SPLITS.items()}
+    settings = {"version": VERSION, "seed": seed, "scale": scale, "pretrain": pretrain, "clips": clips}
+    done, started = out / "done.json", out / "started.json"
+    for mark in (done, started):
+        if mark.exists() and json.loads(mark.read_text())["settings"] != settings:
+            raise SettingsError(f"{mark} has other settings: choose another --out or delete the folder")
+    if done.exists():
+        return json.loads(done.read_text())
+    resume = started.exists()
+    folders = {f"clips/{SPLITS[s][0]}" for s, n in clips.items() if n}
+    for folder in ["images", "facts/train", "facts/test", *folders]:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    write_text(started, json.dumps({"settings": settings}))
+    # other facts in the test: they have to be searched, not remembered
+    facts = {s: draw_facts(np.random.default_rng([seed, 102, i])) for i, s in enumerate(("train", "test"))}
+    for name, table in facts.items():
+        for o, fact in table.items():
+            write_text(out / "facts" / name / f"{o.replace(' ', '_')}.txt",
+                       f"{tell('eats', object=o, **fact)} {tell('lives', object=o, **fact)}\n")
+
+    files = {name: [] for s, n in clips.items() if n for name in SPLITS[s][3]}
+    work = [(out, seed, s, i, facts["test" if s == "test_long" else "train"], resume)
+            for s, n in clips.items() for i in range(n)]
+    with Pool(jobs) as pool:  # the order of the results is that of `work`, whatever the number of jobs
+        made = tqdm(pool.imap(make_clip, work, chunksize=4), "toy clips", len(work), disable=None)
+        for (_, _, split, *_), parts in zip(work, made):
+            for name, rows in zip(SPLITS[split][3], parts):
+                files[name] += rows
+    counts = {"cpt": (round(TEXTS * scale), round(IMAGES * scale))} | {"pretrain": (pretrain, pretrain // 4)}
+    for k, (name, (texts, images)) in enumerate(counts.items()):
+        for i in range(texts):
+            row = text_row(np.random.default_rng([seed, 100 + k, i]))
+            files[name].append({"id": f"{name}-text-{i:05d}", **row})
+        for i in range(images):
+            row = image_row(np.random.default_rng([seed, 110 + k, i]), out, f"images/{name}_{i:05d}.png")
+            files[name].append({"id": f"{name}-image-{i:05d}", **row})
+    for name, rows in files.items():
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "vocab.json", json.dumps(pieces(), indent=0))
+    report = {"settings": settings, "rows": {name: len(rows) for name, rows in files.items()}}
+    write_text(done, json.dumps(report, indent=1))  # last: whoever sees done.json sees everything
+    started.unlink()
+    return report
+
+
+def main():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--out", required=True, help="folder for the data set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every count but --pretrain's")
+    parser.add_argument("--pretrain", type=int, default=0, help="clips of 40 s for pretraining the base")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; no effect on the data")
+    args = parser.parse_args()
+    try:
+        report = prepare(**vars(args))
+    except (SettingsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: " + ", ".join(f"{name}.jsonl {n}" for name, n in report["rows"].items()))
+
+
+if __name__ == "__main__":
+    main()

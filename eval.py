@@ -1,0 +1,688 @@
+"""Scores, baselines and benches: every number this project prints is made here (§4, §5).
+
+A score is a small pure function of (text, row), because RL uses the same functions as its rule-based rewards (§3.3:
+IoU for grounding, correctness for multiple choice). Three habits make a number mean something:
+  1. Denominators are fixed: a video that cannot be read (`missing`) and a text that holds no answer (`unparsed`)
+     count as wrong; they never leave the set.
+  2. Beside every score stands the strongest trivial baseline on the same items: chance, the train file's prior, the
+     whole clip, the best constant span, the model itself looking at another clip (`--blind`).
+  3. Every score has n and a 95 % interval that resamples clips, not questions: questions on one clip fail together.
+
+    python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
+    python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
+    python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # attention time per new token
+"""
+import argparse
+import functools
+import hashlib
+import json
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from string import ascii_uppercase as LETTERS
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import iv3
+import mcr_agent
+from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope, rotate
+
+UNSEEN = ("brief", "speech", "fact")         # mcr kinds whose evidence a coarse pass over the clip cannot hold
+
+
+# ------------------------------------------------------------------------------------------------------- one answer
+
+def final_text(text):
+    """What follows the thinking. None (a missing video) reads as an empty answer."""
+    return (text or "").rpartition("</think>")[2].strip()
+
+
+def parse_letter(text, options):
+    """The letter a text chooses, or None. 'red (B)' is the house format: there the letter counts even if the word
+    before it is another option's. Everywhere else a letter and an option that contradict each other are no answer."""
+    text, one = final_text(text), f"([{LETTERS[:len(options)]}])"
+    if whole := re.fullmatch(rf"\W*{one}\W*", text, re.I):                                  # B   (b)   B.
+        return whole[1].upper()
+    several = len(set(re.findall(rf"\({one}\)", text))) > 1
+    if (house := re.search(rf"\w\W*\({one}\)\W*$", text)) and not several:                  # red (B)
+        return house[1]
+    words, low = [" ".join(o.lower().split()) for o in options], " ".join(text.lower().split())
+    found = [w for w in words if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", low)]
+    found = [w for w in found if not any(w != v and w in v for v in found)]                 # "star" inside "red star"
+    named = LETTERS[words.index(found[0])] if len(found) == 1 else None
+    start = re.match(rf"(?:\({one}\)|{one}[.):])", text)                                    # (B) red   B. red
+    cues = re.findall(rf"(?i:answer|option|choice)(?i:\s+is)?\W*{one}\b", text)             # the answer is B
+    if several and not cues:
+        return None
+    letter = cues[-1] if cues else start[1] or start[2] if start else named
+    return letter if named in (None, letter) else None
+
+
+TIME = r"(?<![\d.:])(\d{1,6}(?::\d{1,2}){0,2}(?:\.\d+)?)(?![\d:])"                          # 12.5   1:05   1:02:03
+RANGE = re.compile(rf"{TIME}\s*(?:s|secs?|seconds?)?\s*(?:to|until|[-–—~])\s*{TIME}", re.I)
+
+
+def parse_span(text):
+    """(start, end) in seconds: the first range, else the only two times in the text. A reversed span is turned."""
+    text = final_text(text)
+    first = RANGE.search(text)
+    times = first.groups() if first else re.findall(TIME, text)
+    if len(times) != 2:
+        return None
+    seconds = [sum(float(part) * 60 ** i for i, part in enumerate(reversed(t.split(":")))) for t in times]
+    return min(seconds), max(seconds)
+
+
+def iou(a, b):
+    """∩ / (last end - first start), clamped: disjoint spans are wrong, not worse than wrong."""
+    union = max(a[1], b[1]) - min(a[0], b[0])
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) / union if union > 0 else 0.0
+
+
+def mcq_reward(text, row):
+    return float(parse_letter(text, row["options"]) == row["answer"])
+
+
+def grounding_reward(text, row):
+    """IoU. A row may carry its video's `duration`: both spans are cut to it, as some sets annotate past the end."""
+    end, span = row.get("duration", math.inf), parse_span(text)
+    return iou(*[(min(s[0], end), min(s[1], end)) for s in (span, row["answer"])]) if span else 0.0
+
+
+def format_reward(text, row):
+    """1 for exactly the trained form: an option with its own letter, or a sentence with one forward span."""
+    text = final_text(text)
+    if row["task"] == "grounding":
+        form = re.fullmatch(r"From (\d+\.\d) to (\d+\.\d) seconds\.", text)
+        return float(form is not None and float(form[1]) < float(form[2]))
+    return float(text in [f"{word} ({letter})" for word, letter in zip(row["options"], LETTERS)])
+
+
+def reward(text, row):
+    """The rule-based reward of one sampled answer (§3.3)."""
+    return grounding_reward(text, row) if row["task"] == "grounding" else mcq_reward(text, row)
+
+
+# ------------------------------------------------------------------------------- many answers: means and intervals
+
+def wilson(hits, n, z=1.96):
+    """Wilson's interval of a share: sensible at 0 and 1, where a bootstrap collapses to a point."""
+    p, zz = hits / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + zz / n / 4)
+    return [max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))]
+
+
+def interval(values, clusters=None, seed=0, draws=2000):
+    """95 % interval of a mean (values (n,)) or of a ratio of sums (values (n,2): numerator, denominator). Clusters, one
+    name per value, are resampled whole. Without clusters: Wilson for 0/1 values, else each value is its own cluster."""
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return None
+    binary = values.ndim == 1 and np.isin(values, (0, 1)).all()
+    if clusters is None and binary:
+        return wilson(values.sum(), len(values))
+    _, index = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
+    count = int(index.max()) + 1
+    if binary and values.min() == values.max():
+        return wilson(values[0] * count, count)                              # all alike: the evidence is n clips
+    sums = np.zeros((count, 2))
+    np.add.at(sums, index, values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1))
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    top, bottom = (weights @ sums).T                                         # (draws,) each
+    return np.quantile(top[bottom > 0] / bottom[bottom > 0], (0.025, 0.975)).tolist() if bottom.any() else None
+
+
+def figure(name, values, rows, seed=0):
+    """{name, name_n, name_ci}: the layout of results.json, a plain number with its n and interval beside it."""
+    clusters = [clip_of(row) for row in rows]
+    return {name: float(np.mean(values)) if len(values) else None, f"{name}_n": len(values),
+            f"{name}_ci": interval(values, clusters, seed)}
+
+
+def by_kind(values, rows):
+    kinds = defaultdict(list)
+    for value, row in zip(values, rows):
+        kinds[row.get("kind", row["task"])].append(float(value))
+    return {kind: {"value": float(np.mean(v)), "n": len(v)} for kind, v in sorted(kinds.items())}
+
+
+def recall(values, threshold):
+    """R1@t: IoU >= t, safe at equality (3/10 computed from two spans can miss 0.3 by one rounding step)."""
+    return (np.asarray(values) >= threshold - 1e-9).astype(float)
+
+
+def media_items(row):
+    return [item for m in row["messages"] if isinstance(m["content"], list)
+            for item in m["content"] if item["type"] != "text"]
+
+
+def clip_of(row):
+    """The video or image a row is about, its cluster; a row without media is its own."""
+    return next((item[item["type"]] for item in media_items(row)), row["id"])
+
+
+def score_mcq(texts, rows, seed=0):
+    """Accuracy, its mean over kinds (`macro`, MLVU's M-Avg), and how often each letter was chosen."""
+    picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
+    values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
+    kinds = by_kind(values, rows)
+    return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
+            "kinds": kinds, "letters": dict(sorted(Counter(filter(None, picked)).items())),
+            "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
+
+
+def score_grounding(texts, rows, seed=0):
+    """mIoU and R1@0.3/0.5/0.7. Widths tell whether a gain is hedging; the predicted one is over parsed answers."""
+    spans = [parse_span(text) for text in texts]
+    values = [grounding_reward(text, row) for text, row in zip(texts, rows)]
+    result = figure("miou", values, rows, seed)
+    for percent in (30, 50, 70):
+        result |= figure(f"r1_{percent}", recall(values, percent / 100), rows, seed)
+    parsed = [(span[1] - span[0], row) for span, row in zip(spans, rows) if span]
+    result |= figure("width", [w for w, _ in parsed], [row for _, row in parsed], seed)
+    return {**result, "true_width": float(np.mean([row["answer"][1] - row["answer"][0] for row in rows])),
+            "kinds": by_kind(values, rows), "missing": texts.count(None),
+            "unparsed": spans.count(None) - texts.count(None)}
+
+
+# ------------------------------------------------------------------------------------------------ trivial baselines
+
+@functools.cache
+def video_seconds(path):
+    """Length of a video; NaN if it cannot be read (the row counts as wrong further on, so no error here)."""
+    try:
+        return iv3.probe(path)[0]
+    except iv3.MediaError:
+        return math.nan
+
+
+def window(item, row, root):
+    """(start, end) in seconds of what a video item of the row shows."""
+    end = item.get("end") or row.get("duration")
+    return item.get("start") or 0.0, end or video_seconds(Path(root) / item["video"])
+
+
+def constant_spans(spans, rows, root):
+    """IoU (C,n) of constant answers with the truth. A span (f, g, w) runs from fraction f to fraction g of the clip,
+    w seconds wider: (0, 1, 0) is the whole clip, (.5, .5, w) a centred span of w seconds."""
+    lo, hi = np.array([window(media_items(row)[0], row, root) for row in rows]).T            # (n,)
+    f, g, w = (column[:, None] for column in np.array(spans, dtype=float).T)                 # (C,1)
+    start = np.clip(lo + f * (hi - lo) - w / 2, lo, hi)
+    end = np.clip(lo + g * (hi - lo) + w / 2, lo, hi)
+    a, b = np.array([row["answer"] for row in rows]).T
+    union = np.maximum(end, b) - np.minimum(start, a)
+    return np.nan_to_num(np.maximum(0, np.minimum(end, b) - np.maximum(start, a)) / union)   # NaN: unreadable
+
+
+def grounding_strategies(test, train, root, train_root):
+    grid = np.linspace(0, 1, 41)
+    families = {"constant span": [(f, g, 0) for f in grid for g in grid if f < g],
+                "centred width": [(0.5, 0.5, w) for w in np.linspace(0.5, 60, 120)]}
+    values = {"whole clip": constant_spans([(0, 1, 0)], test, root)[0]}
+    for name, spans in families.items() if train else ():
+        best = constant_spans(spans, train, train_root).mean(1).argmax()                     # fitted on train only
+        values[name] = constant_spans([spans[best]], test, root)[0]
+    return values
+
+
+def mcq_strategies(test, train):
+    values = {"chance": np.array([1 / len(row["options"]) for row in test])}
+    if not train:
+        return values
+    usual = Counter(row["answer"] for row in train).most_common(1)[0][0]
+    right, offered = Counter(), Counter()          # per (kind, word): what a reader learns without looking
+    for row in train:
+        for letter, word in zip(LETTERS, row["options"]):
+            offered[row.get("kind"), word] += 1
+            right[row.get("kind"), word] += letter == row["answer"]
+    by_word = []
+    for row in test:
+        keys = [(row.get("kind"), word) for word in row["options"]]
+        rates = [(right[k] + 0.25) / (offered[k] + 1) for k in keys]
+        tied = [letter for letter, rate in zip(LETTERS, rates) if rate == max(rates)]
+        by_word.append((row["answer"] in tied) / len(tied))                                  # a fair draw on ties
+    return {**values, "prior letter": np.array([float(row["answer"] == usual) for row in test]),
+            "prior word": np.array(by_word)}
+
+
+def baselines(test_rows, train_rows, root=".", train_root=None, blind=None, seed=0):
+    """The strongest trivial strategy on exactly the test items, as figures `mcq`, `miou`, `r1_50`, with `*_name`, all
+    of them in `*_all`, and the strongest per kind in `*_kinds`. `blind`: the model's texts for blind_rows(test)."""
+    result = {}
+    for task, name in (("mcq", "mcq"), ("grounding", "miou")):
+        keep = [i for i, row in enumerate(test_rows) if row["task"] == task]
+        test, train = [test_rows[i] for i in keep], [row for row in train_rows if row["task"] == task]
+        if not test:
+            continue
+        values = (mcq_strategies(test, train) if task == "mcq"
+                  else grounding_strategies(test, train, root, train_root or root))
+        if blind is not None:
+            values["blind"] = np.array([reward(blind[i], test_rows[i]) for i in keep])
+        best = max(values, key=lambda strategy: values[strategy].mean())
+        kinds = {strategy: by_kind(v, test) for strategy, v in values.items()}
+        top = {kind: max(kinds, key=lambda s: kinds[s][kind]["value"]) for kind in kinds[best]}
+        result |= {**figure(name, values[best], test, seed), f"{name}_name": best,
+                   f"{name}_all": {s: float(v.mean()) for s, v in values.items()},
+                   f"{name}_kinds": {kind: {"name": s, **kinds[s][kind]} for kind, s in top.items()}}
+        if task == "grounding":
+            result |= figure("r1_50", recall(values[best], 0.5), test, seed)
+    return result
+
+
+def blind_rows(rows):
+    """The same questions, each with the next clip's video: what the model knows without looking."""
+    clips = sorted({clip_of(row) for row in rows})
+    if len(clips) < 2:
+        raise UserError("--blind needs rows about at least two videos: raise --limit or leave --blind out")
+    other = dict(zip(clips, clips[1:] + clips[:1]))
+    return [edit_videos(row, lambda item: {**item, "video": other.get(item["video"], item["video"])}) for row in rows]
+
+
+def edit_videos(row, change):
+    """A copy of the row with change(item) in place of each video item."""
+    def content(c):
+        return c if isinstance(c, str) else [change(i) if i["type"] == "video" else i for i in c]
+    return {**row, "messages": [{**m, "content": content(m["content"])} for m in row["messages"]]}
+
+
+# ------------------------------------------------------------------------------------------------ running the model
+
+def about_frames(row, root):
+    """About how many frames a row will show, from headers only: rows of one length share a batch."""
+    spans = [(item, *window(item, row, root)) for item in media_items(row) if item["type"] == "video"]
+    return sum(min(np.nan_to_num(end - start) * item.get("fps", 2.0), item.get("max_frames", math.inf))
+               for item, start, end in spans)
+
+
+def encoded_batches(processor, rows, root, batch_size, generation, name, missing):
+    """Yield (row numbers, Encoded list). A prompt for generation leaves out the final answer. An unreadable video is
+    noted in `missing` and skipped: one bad file must not stop a run of hours."""
+    order = sorted(range(len(rows)), key=lambda i: (about_frames(rows[i], root), clip_of(rows[i])))
+    with tqdm(total=len(rows), desc=name, disable=None, leave=False) as bar:
+        for first in range(0, len(rows), batch_size):
+            batch = []
+            for i in order[first:first + batch_size]:
+                messages = rows[i]["messages"][:-1] if generation else rows[i]["messages"]
+                try:
+                    batch.append((i, processor.encode(messages, root, generation)))
+                except iv3.MediaError as e:
+                    missing.append(f"{rows[i]['id']}: {e}")
+            if batch:
+                yield zip(*batch)
+            bar.update(min(batch_size, len(rows) - first))
+    if missing:
+        print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; first {missing[0]}")
+
+
+def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=48, temperature=0.0, generator=None,
+                stats=None, name="answers"):
+    """One text per row, None where the video cannot be read. `stats`, a dict, receives the mean frames and tokens of
+    a prompt: what the number was made from."""
+    texts, frames, tokens, missing = [None] * len(rows), [], [], []
+    stop = processor.tokenizer.token_id("<|im_end|>")
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing):
+        outs = iv3.generate(model, samples, stop, max_new, temperature, generator=generator)
+        for i, out in zip(numbers, outs):
+            texts[i] = processor.tokenizer.decode([t for t in out.ids if t != stop])
+        frames += [sample.frames for sample in samples]
+        tokens += [len(sample.ids) for sample in samples]
+    if stats is not None and frames:
+        stats |= {"frames_per_sample": float(np.mean(frames)), "tokens_per_sample": float(np.mean(tokens))}
+    return texts
+
+
+@torch.no_grad()
+def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss"):
+    """Mean nats per answer token, and (n,2) [nats, answer tokens] per row for `interval`; unreadable rows weigh 0."""
+    table, was_training = np.zeros((len(rows), 2)), model.training
+    model.eval()
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, False, name, []):
+        hidden = model(**iv3.collate(samples, 0, model.device))                              # (B,T,D)
+        for b, (i, sample) in enumerate(zip(numbers, samples)):
+            at = sample.answer.nonzero()[:, 0]                     # token t is predicted from position t-1
+            logp = torch.log_softmax(model.logits(hidden[b, at - 1]).float(), -1).cpu()      # (answer tokens, V)
+            table[i] = -float(logp.gather(1, sample.ids[at][:, None]).sum()), len(at)
+    model.train(was_training)
+    return float(table[:, 0].sum() / max(1.0, table[:, 1].sum())), table
+
+
+def describe(model, rows, stats, seed, model_dir=None):
+    """What a result was made with; without it a number cannot be compared. Equal hashes mean equal prompts."""
+    prompts = json.dumps([[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in rows], sort_keys=True)
+    return {"model": str(model_dir or "in memory"), "config": asdict(model.cfg), "seed": seed, **stats,
+            "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
+
+
+def pick_rows(rows, limit, seed=0):
+    """A seeded sample in file order: the first `limit` rows would be about a few clips only."""
+    if not limit or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
+
+
+def evaluate(model, processor, data_file, train_file=None, limit=None, batch_size=32, max_new=48, blind=False,
+             seed=0, model_dir=None):
+    """Scores of a data file: {mcq, grounding, loss (of all other tasks), baselines, items (the reward of each asked
+    row), meta}, each if it has rows."""
+    rows, root = pick_rows(iv3.load_rows(data_file), limit, seed), Path(data_file).parent
+    asked = [row for row in rows if row["task"] in ("mcq", "grounding")]
+    other = [row for row in rows if row["task"] not in ("mcq", "grounding")]
+    result, stats = {}, {}
+    if asked:
+        texts = answer_rows(model, processor, asked, root, batch_size, max_new, stats=stats)
+        for task, score in (("mcq", score_mcq), ("grounding", score_grounding)):
+            part = [i for i, row in enumerate(asked) if row["task"] == task]
+            if part:
+                result[task] = score([texts[i] for i in part], [asked[i] for i in part], seed)
+        result["items"] = {row["id"]: reward(text, row) for text, row in zip(texts, asked)}
+        elsewhere = answer_rows(model, processor, blind_rows(asked), root, batch_size, max_new,
+                                name="blind") if blind else None
+        train = (iv3.load_rows(train_file), Path(train_file).parent) if train_file else ([], None)
+        result["baselines"] = baselines(asked, train[0], root, train[1], elsewhere, seed)
+    if other:
+        loss, table = held_out_loss(model, processor, other, root, batch_size)
+        result["loss"] = {"loss": loss, "loss_n": len(other), "loss_ci": interval(table, [clip_of(r) for r in other])}
+    return {**result, "meta": {"data": str(data_file), **describe(model, rows, stats, seed, model_dir)}}
+
+
+def stage_figures(scores):
+    """evaluate()'s scores as one flat block of results.json: mcq, miou, r1_30 … width, each with its _n and _ci."""
+    names = [("mcq", "acc", "mcq")] + [("grounding", k, k) for k in ("miou", "r1_30", "r1_50", "r1_70", "width")]
+    return {key + part: scores[task][name + part] for task, name, key in names if task in scores
+            for part in ("", "_n", "_ci")}
+
+
+# ------------------------------------------------------------------------------------------- the agent (§3.1, §3.4)
+
+def open_model(directory):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+@functools.cache
+def worker_model(directory):
+    """The model of a worker process, loaded once; the processes share the cores, so one thread each."""
+    torch.set_num_threads(1)
+    return open_model(directory)
+
+
+def agent_row(model, processor, row, root, facts, budget):
+    """One rollout → {text (None: missing), hit, forced, frames}. A hit cites a span with IoU >= 0.3 to the evidence."""
+    facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
+    budget = budget or mcr_agent.Budget()
+    budget = replace(budget, frames=row["frames"], coarse=min(budget.coarse, row["frames"]))
+    live = mcr_agent.LiveModel(model, processor, budget.tokens)
+    text = next(i["text"] for i in user_turn(row)["content"] if i["type"] == "text")
+    try:
+        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.partition("\nA. ")[0], row["options"],
+                                  budget=budget, facts=facts)
+    except iv3.MediaError:
+        return {"text": None, "hit": 0.0, "forced": 0, "frames": 0}
+    hit = any(iou(cited, true) >= 0.3 for cited in out.evidence for true in row["evidence"])
+    return {"text": out.answer, "hit": float(hit), "forced": bool(out.budget_exhausted), "frames": out.frames}
+
+
+def agent_job(job):
+    directory, *rest = job
+    return agent_row(*worker_model(directory), *rest)
+
+
+def user_turn(row):
+    return next(m for m in row["messages"] if m["role"] == "user")
+
+
+def direct_row(row):
+    """The question asked directly, with the agent's whole frame budget spread over the clip."""
+    item = {"type": "video", "video": clip_of(row), "max_frames": row["frames"], "pairs": True}
+    return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
+
+
+def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, jobs=1, model_dir=None, batch_size=32,
+                   max_new=48, seed=0):
+    """{unseen, seen: {direct, agentic, evidence_hit (figures), kinds, forced, frames, missing}}: the MCR agent against
+    the same model answering directly, on the same rows with the same number of frames. `jobs` > 1 spreads the
+    rollouts over processes, each of which loads `model_dir`."""
+    for row in rows:
+        absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
+        if row["task"] != "mcr" or absent:
+            wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
+            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence")
+    if jobs > 1 and model_dir is None:
+        raise UserError("--jobs above 1 needs a model directory that the worker processes can load")
+    direct = answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
+    bar = functools.partial(tqdm, total=len(rows), desc="agent", disable=None, leave=False)
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            outs = list(bar(pool.map(agent_job, [(str(model_dir), row, root, facts, budget) for row in rows])))
+    else:
+        outs = [agent_row(model, processor, row, root, facts, budget) for row in bar(rows)]
+    result = {}
+    for group in ("unseen", "seen"):
+        part = [i for i, row in enumerate(rows) if row.get("unseen", row["kind"] in UNSEEN) == (group == "unseen")]
+        if part:
+            mine, ran = [rows[i] for i in part], [outs[i] for i in part]
+            values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
+                      "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
+                      "evidence_hit": [out["hit"] for out in ran]}
+            result[group] = {"kinds": {name: by_kind(v, mine) for name, v in values.items()},
+                             "forced": sum(out["forced"] for out in ran),
+                             "missing": sum(out["text"] is None for out in ran),
+                             "frames": float(np.mean([out["frames"] for out in ran]))}
+            for name, v in values.items():
+                result[group] |= figure(name, v, mine, seed)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ tables and results
+
+def number(value):
+    return re.sub(r"(?<!\d)0\.", ".", f"{value:.2f}")
+
+
+def cell(block, key):
+    """'.85±.03': a figure and half its interval; empty if it was not measured."""
+    if block.get(key) is None:
+        return ""
+    ci = block.get(f"{key}_ci")
+    return number(block[key]) + (f"±{number((ci[1] - ci[0]) / 2)}" if ci else "")
+
+
+def table(header, rows):
+    """Markdown that is aligned enough to be read in a terminal."""
+    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join("| " + " | ".join(str(c).ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def render(results):
+    """The final tables of a recipe as markdown: one row per stage, the strongest trivial baselines first."""
+    keys, splits = {"mcq": "mcq", "miou": "mIoU", "r1_50": "R1@.5", "width": "width"}, ("short", "long")
+    stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
+    rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
+    header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
+    single = [(s, k) for s, k in (("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
+                                  ("opd", "gap_closed")) if k in results.get(s, {})]
+    agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit")), block["forced"],
+              block["direct_n"]] for group, block in results.get("agent", {}).items()]
+    parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
+             ("losses in nats per answer token", ["figure", "value"],
+              [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
+             ("agent against a direct answer at the same number of frames; forced: the budget ran out",
+              ["evidence", "direct", "agentic", "cites it", "forced", "n"], agent)]
+    return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, header, lines in parts if lines)
+
+
+def print_table(results):
+    print(render(results))
+
+
+def write_results(results, out):
+    """results.json and results.md in `out`, each whole or not at all."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    iv3.write_atomic(out / "results.json", lambda p: p.write_text(json.dumps(results, indent=1)))
+    iv3.write_atomic(out / "results.md", lambda p: p.write_text(render(results) + "\n"))
+
+
+def render_scores(scores):
+    """One data file's scores, each beside the strongest trivial baseline on the same items."""
+    best, rows, lost = scores.get("baselines", {}), [], []
+    names = {"mcq": ["acc"], "grounding": ["miou", "r1_30", "r1_50", "r1_70", "width"], "loss": ["loss"]}
+    for task in [t for t in names if t in scores]:
+        block, main = scores[task], {"mcq": "mcq", "grounding": "miou"}.get(task)
+        for name in names[task]:
+            key = "mcq" if name == "acc" else name
+            trivial = f"{cell(best, key)} {best.get(key + '_name', '')}"
+            rows.append([name, cell(block, name), block[name + "_n"], trivial])
+        for kind, own in block.get("kinds", {}).items():
+            trivial = best[f"{main}_kinds"][kind]
+            rows.append([f"  {kind}", number(own["value"]), own["n"], f"{number(trivial['value'])} {trivial['name']}"])
+        if main:
+            lost.append(f"{task} counted wrong: {block['unparsed']} unparsed, {block['missing']} missing")
+    return "\n".join([table(["score", "value", "n", "strongest baseline"], rows), *lost])
+
+
+# ---------------------------------------------------------------------------------------------- decode bench (§3.2)
+
+def eager_step(gqa, x, rope, k, v):
+    """The paper's GQA baseline: the cache is copied to grow by one token, its G heads are expanded to H, the scores
+    are written out. x (1,1,D), k and v (1,G,N,Dh) → out (1,1,D), k and v (1,G,N+1,Dh)."""
+    cos, sin = (r[:, :, None] for r in rope)
+    q, new_k, new_v = gqa.project(x)                                                         # (1,1,H or G,Dh)
+    k = torch.cat([k, rotate(new_k, cos, sin).transpose(1, 2)], 2)
+    v = torch.cat([v, new_v.transpose(1, 2)], 2)
+    all_k, all_v = (t.repeat_interleave(gqa.heads // gqa.kv_heads, 1) for t in (k, v))      # (1,H,N+1,Dh)
+    scores = rotate(q, cos, sin).transpose(1, 2) @ all_k.mT * gqa.head_dim ** -0.5
+    out = torch.softmax(scores.float(), -1).to(x.dtype) @ all_v                             # (1,H,1,Dh)
+    return gqa.o_proj(out.transpose(1, 2).flatten(2)), k, v
+
+
+@torch.no_grad()
+def decode_times(cfg, layers, context, steps, device, dtype):
+    """Median time of one new token through `layers` attention layers. The three kinds take turns at every step, so
+    that a busy machine slows all of them, and hold their caches at once. Weights and cached rows are random: the time
+    does not depend on them."""
+    sizes, G, Dh = (cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps), cfg.kv_heads, cfg.head_dim
+    P, R, room = Dh, G * Dh - Dh, context + steps                            # R + P: half of a GQA row, as released
+    gqa = torch.nn.ModuleList(GQA(*sizes) for _ in range(layers)).to(device, dtype)
+    m2la = torch.nn.ModuleList(M2LA(*sizes, P, (R, R)) for _ in range(layers)).to(device, dtype)
+    kv = KVCache(layers, 1, room, G, Dh, dtype=dtype, device=device)
+    latent = LatentCache([(R, R)] * layers, P, 1, (room, room), dtype=dtype, device=device)
+    for cache in (kv, latent):
+        for rows in cache.rows:
+            for segment in rows:
+                segment.normal_()
+        cache.begin(torch.arange(context, device=device)[None] % 16 != 0)    # 15 of 16 tokens are vision
+        cache.commit()
+    grown = [torch.randn(2, 1, G, context, Dh, device=device, dtype=dtype).unbind() for _ in range(layers)]
+    x = torch.randn(1, 1, cfg.hidden, device=device, dtype=dtype)
+    rope = mrope(torch.full((3, 1, 1), context, device=device), Dh, cfg.theta, cfg.mrope_sections)
+    text = torch.zeros(1, 1, dtype=torch.bool, device=device)
+
+    def preallocated(modules, cache):
+        cache.begin(text)
+        for i, layer in enumerate(modules):
+            layer(x, rope, text, cache=cache, layer=i)
+        cache.commit()
+
+    def eager():
+        for i, layer in enumerate(gqa):
+            grown[i] = eager_step(layer, x, rope, *grown[i])[1:]
+
+    ratio = latent.nbytes() / kv.nbytes()
+    runs = {"m2la_ms": lambda: preallocated(m2la, latent), "gqa_ms": lambda: preallocated(gqa, kv),
+            "gqa_eager_ms": eager}
+    times = {name: [] for name in runs}
+    for _ in range(steps):
+        for name, run in runs.items():
+            start = clock(device)
+            run()
+            times[name].append((clock(device) - start) * 1e3)
+    warm = min(3, steps - 1)
+    return {"context": context, **{k: float(np.median(t[warm:])) for k, t in times.items()}, "cache_ratio": ratio}
+
+
+def clock(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bench_decode(args):
+    contexts = [int(c) if c.strip().isdigit() else 0 for c in args.contexts.split(",")]
+    if min(contexts) < 1:
+        raise UserError(f"--contexts {args.contexts}: takes positive numbers such as 1024,4096")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(args.seed)
+    cfg = iv3.Config.preset(args.preset)
+    rows = [{"name": f"{args.preset} {context}", **decode_times(cfg, args.layers, context, args.steps, device, dtype)}
+            for context in tqdm(contexts, disable=None, leave=False)]
+    header = [key for key in rows[0] if key != "name"]
+    print(table(header, [[row["context"], *(f"{row[key]:.3f}" for key in header[1:])] for row in rows]))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"env": {"device": name, "torch": torch.__version__, "dtype": str(dtype), "preset": args.preset, "batch": 1,
+                    "layers": args.layers, "steps": args.steps, "seed": args.seed,
+                    "measures": "median ms of a new token in the attention layers alone, random weights and cache"},
+            "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+def run_data(args):
+    directory = iv3.find_model(args.model)
+    model, processor = open_model(directory)
+    if not args.agent:
+        scores = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
+                          args.seed, directory)
+        print(render_scores(scores))
+        return scores
+    rows = pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
+    agent = evaluate_agent(model, processor, rows, Path(args.data).parent, args.facts, jobs=args.jobs,
+                           model_dir=directory, batch_size=args.batch, max_new=args.max_new, seed=args.seed)
+    print_table({"agent": agent})
+    return {"agent": agent, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Score a model on a data file, or time its attention.")
+    add = parser.add_argument_group("scores").add_argument
+    add("--data", metavar="F.jsonl", help="rows to score (media paths are relative to the file)")
+    add("--model", help="a stage's directory or a run; default: the newest run")
+    add("--train", metavar="F.jsonl", help="where the prior and constant-span baselines are fitted")
+    add("--blind", action="store_true", help="one more baseline: the model looks at another clip")
+    add("--agent", action="store_true", help="run the MCR agent on mcr rows, beside direct answers")
+    add("--facts", metavar="DIR", help="the agent's search corpus (default: the one each row names)")
+    add("--jobs", type=int, default=1, help="processes for the agent (default 1)")
+    add("--limit", type=int, help="score a seeded sample of so many rows")
+    add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
+    add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
+    add = parser.add_argument_group("bench").add_argument
+    add("--bench", choices=["decode"], help="decode: time per new token of M2LA, a good GQA and the paper's eager GQA")
+    add("--preset", choices=list(iv3.PRESETS), default="tiny", help="sizes of the attention layers (default tiny)")
+    add("--contexts", default="1024,4096", help="cached tokens, comma-separated (default 1024,4096)")
+    add("--layers", type=int, default=4, help="attention layers timed (default 4)")
+    add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="F", help="also write the result to this file")
+    args = parser.parse_args()
+    if bool(args.data) == bool(args.bench):
+        raise UserError("give either --data F.jsonl or --bench decode (see --help)")
+    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: its directory does not exist")
+    result = bench_decode(args) if args.bench else run_data(args)
+    if args.json:
+        iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))
+
+
+if __name__ == "__main__":
+    iv3.run_cli(main)

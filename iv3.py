@@ -1,0 +1,838 @@
+"""InternVideo3's model: a Qwen3-VL backbone whose attention is GQA (the source) or M²LA (§3.2).
+
+Reading order: configuration → vision tower → decoder → video in → tokenizer and chat template → one sample in the
+JSONL schema → generation → checkpoints. The architecture is Qwen3-VL's, weight names included; only `self_attn` of a
+decoder layer changes when the model is converted (m2la.py).
+
+    python iv3.py runs/tiny/data/clips/test/long_0000.mp4 "What colour is the shape at 12 seconds?"
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, F frames, n temporal patches (two frames each), h×w patches of one.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope
+
+
+class MediaError(UserError):
+    """A video or image that cannot be read; data loaders skip it and count it."""
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+@dataclass
+class Config:
+    """Sizes of the model. Field groups: decoder, vision tower, attention kind, video input."""
+    vocab: int = 1024
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 384
+    theta: float = 1e4
+    mrope_sections: tuple = (6, 5, 5)        # frequencies of the t, h, w axes; sum = head_dim / 2
+    eps: float = 1e-6
+    tied: bool = True                        # output head = input embedding
+    vision_hidden: int = 128
+    vision_layers: int = 2
+    vision_heads: int = 4
+    vision_mlp: int = 256
+    patch: int = 16
+    merge: int = 2                           # merge×merge patches become one vision token
+    pos_side: int = 2                        # side of the learned position table, interpolated to any grid
+    deepstack: tuple = (0,)                  # vision blocks whose features are added after LM layers 0, 1, …
+    attn: str = "gqa"                        # "gqa" | "m2la"
+    rope_width: int = 0                      # M²LA: P, width of the shared RoPE key
+    ranks: tuple = ()                        # M²LA: per layer (R_text, R_vision)
+    min_volume: int = 1024                   # video size limits before encoding, frames × height × width
+    max_volume: int = 25_165_824
+
+    def __post_init__(self):
+        for name in ("mrope_sections", "deepstack", "ranks"):            # JSON has lists; tuples compare and hash
+            setattr(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
+        if self.attn not in ("gqa", "m2la"):
+            raise UserError(f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
+        if sum(self.mrope_sections) != self.head_dim // 2:
+            raise UserError(f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        if name not in PRESETS:
+            raise UserError(f"preset {name!r} does not exist: use one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def load(cls, path):
+        values = json.loads(Path(path).read_text())
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"{path}: unknown field {sorted(unknown)[0]!r}")
+        return cls(**values)
+
+
+_QWEN = dict(vocab=151_936, head_dim=128, kv_heads=8, theta=5e6, mrope_sections=(24, 20, 20), patch=16, pos_side=48,
+             min_volume=4096)
+_VIT_L = dict(vision_hidden=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, deepstack=(5, 11, 17))
+PRESETS = {
+    "tiny": {},
+    "small": dict(vocab=8192, hidden=512, layers=12, heads=8, kv_heads=4, head_dim=64, mlp=1536, theta=1e6,
+                  mrope_sections=(12, 10, 10), vision_hidden=384, vision_layers=8, vision_heads=6, vision_mlp=1536,
+                  pos_side=14, deepstack=(1, 3, 5)),
+    "qwen3-vl-2b": dict(_QWEN, hidden=2048, layers=28, heads=16, mlp=6144, **_VIT_L),
+    "qwen3-vl-4b": dict(_QWEN, hidden=2560, layers=36, heads=32, mlp=9728, **_VIT_L),
+    "qwen3-vl-8b": dict(_QWEN, hidden=4096, layers=36, heads=32, mlp=12288, tied=False, vision_hidden=1152,
+                        vision_layers=27, vision_heads=16, vision_mlp=4304, deepstack=(8, 16, 24)),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- vision tower
+
+def block_order(h, w, merge):
+    """Patch (row, column) in the order of the tower: blocks of merge×merge, row-major inside a block. → (h·w, 2)"""
+    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    grid = torch.stack([rows, cols], -1)                                                      # (h, w, 2)
+    return rearrange(grid, "(H a) (W b) c -> (H W a b) c", a=merge, b=merge)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.vision_hidden
+        self.heads = cfg.vision_heads
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
+        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(D, cfg.vision_mlp), "linear_fc2": nn.Linear(cfg.vision_mlp, D)})
+
+    def forward(self, x, cos, sin):
+        """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh)."""
+        q, k, v = rearrange(self.attn["qkv"](self.norm1(x)), "n s (c H d) -> c n H s d", c=3, H=self.heads)
+        q, k = (t * cos + torch.cat([-t[..., t.shape[-1] // 2:], t[..., :t.shape[-1] // 2]], -1) * sin for t in (q, k))
+        o = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn["proj"](rearrange(o, "n H s d -> n s (H d)"))
+        hidden = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
+        return x + self.mlp["linear_fc2"](hidden)
+
+
+class Merger(nn.Module):
+    """merge×merge neighbouring patches → one token of the language model. `post`: DeepStack norms after the view."""
+
+    def __init__(self, cfg, post=False):
+        super().__init__()
+        self.width, self.post = cfg.vision_hidden * cfg.merge ** 2, post
+        self.norm = nn.LayerNorm(self.width if post else cfg.vision_hidden, eps=1e-6)
+        self.linear_fc1, self.linear_fc2 = nn.Linear(self.width, self.width), nn.Linear(self.width, cfg.hidden)
+
+    def forward(self, x):                                                          # (n, h·w, Dv) → (n·h·w/4, D)
+        x = self.norm(x.reshape(-1, self.width)) if self.post else self.norm(x).reshape(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * 2 * cfg.patch ** 2, cfg.vision_hidden)})
+        self.pos_embed = nn.Embedding(cfg.pos_side ** 2, cfg.vision_hidden)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_layers))
+        self.merger = Merger(cfg)
+        self.deepstack_merger_list = nn.ModuleList(Merger(cfg, post=True) for _ in cfg.deepstack)
+
+    def position_embedding(self, order, h, w):
+        """The learned pos_side×pos_side table, bilinearly interpolated (corners aligned) to h×w. → (h·w, Dv)"""
+        side = self.cfg.pos_side
+        axes = []
+        for index, size in ((order[:, 0], h), (order[:, 1], w)):
+            x = torch.linspace(0, side - 1, size, device=order.device)[index]
+            low = x.long()
+            axes.append((low, (low + 1).clamp(max=side - 1), x - low))
+        (r0, r1, fr), (c0, c1, fc) = axes
+        table = self.pos_embed.weight
+        corners = ((r0, c0, (1 - fr) * (1 - fc)), (r0, c1, (1 - fr) * fc), (r1, c0, fr * (1 - fc)), (r1, c1, fr * fc))
+        return sum(table[r * side + c] * weight[:, None].to(table.dtype) for r, c, weight in corners)
+
+    def rotary(self, order):
+        """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh)"""
+        Dh = self.cfg.vision_hidden // self.cfg.vision_heads
+        inverse = 1e4 ** -(torch.arange(0, Dh // 2, 2, device=order.device).float() / (Dh // 2))  # (Dh/4,)
+        angles = (order[:, :, None].float() * inverse).flatten(1)                                  # (h·w, Dh/2)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos(), angles.sin()
+
+    def encode_grid(self, patches, n, h, w):
+        """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
+        order = block_order(h, w, self.cfg.merge).to(patches.device)
+        x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(order, h, w)
+        cos, sin = (t.to(x.dtype) for t in self.rotary(order))
+        deep = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin)
+            if i in self.cfg.deepstack:
+                deep.append(self.deepstack_merger_list[self.cfg.deepstack.index(i)](x))
+        return [self.merger(x), *deep]
+
+    def forward(self, patches, grids):
+        """patches (Np, 3·2·p·p) uint8 pixels, grids (n, 2) = (h, w) of each temporal patch.
+        → list of (tokens, D): the merged tokens, then one tensor per DeepStack tap."""
+        dtype = self.pos_embed.weight.dtype
+        runs, start, outs = [], 0, []
+        for h, w in grids.tolist():                                         # neighbours of one size go as one batch
+            if runs and runs[-1][1:] == [h, w]:
+                runs[-1][0] += 1
+            else:
+                runs.append([1, h, w])
+        for n, h, w in runs:
+            pixels = patches[start:start + n * h * w].to(dtype) / 127.5 - 1
+            outs.append(self.encode_grid(pixels, n, h, w))
+            start += n * h * w
+        return [torch.cat(parts) for parts in zip(*outs)]
+
+
+# ---------------------------------------------------------------------------------------------------------- decoder
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x * scale).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden, cfg.mlp, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden, cfg.mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp, cfg.hidden, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, cfg, index):
+        super().__init__()
+        sizes = cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps
+        self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
+        self.mlp = MLP(cfg)
+        self.input_layernorm = RMSNorm(cfg.hidden, cfg.eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.eps)
+
+    def forward(self, x, **attention):
+        x = x + self.self_attn(self.input_layernorm(x), **attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.hidden)
+        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.hidden, cfg.eps)
+
+
+class InternVideo3(nn.Module):
+    """Vision tower + decoder. `vision_ids`: the ids of the image and video placeholder tokens."""
+
+    def __init__(self, cfg, vision_ids):
+        super().__init__()
+        self.cfg, self.vision_ids = cfg, tuple(vision_ids)
+        self.visual = VisionTower(cfg)
+        self.language_model = Decoder(cfg)
+        if not cfg.tied:
+            self.lm_head = nn.Linear(cfg.hidden, cfg.vocab, bias=False)
+        self.checkpointing = False                                           # recompute activations in backward
+
+    @property
+    def device(self):
+        return self.language_model.norm.weight.device
+
+    def init_weights(self, generator=None):
+        """Random weights for pretraining. Vision tokens start with about the RMS of text embeddings: with the usual
+        tenfold larger ViT output, what attention writes into a vision token (its timestamp) is lost in the sum."""
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight") or "norm1.weight" in name or "norm2.weight" in name:
+                nn.init.ones_(p)
+            elif p.dim() == 1:
+                nn.init.zeros_(p)
+            elif "embed_tokens" in name or "pos_embed" in name:
+                nn.init.normal_(p, std=0.15, generator=generator)
+            else:
+                std = 0.8 * p.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * self.cfg.layers)
+                if "merger" in name and name.endswith("linear_fc2.weight"):
+                    std *= 0.5
+                nn.init.normal_(p, std=std, generator=generator)
+
+    def new_cache(self, batch, capacity, vision_capacity=None):
+        """An empty cache for `batch` sequences of at most `capacity` tokens. An M²LA cache keeps text and vision rows
+        apart; `vision_capacity`, when known, spares the room that `capacity` would reserve for each of them."""
+        cfg, dtype = self.cfg, self.language_model.norm.weight.dtype
+        if cfg.attn == "gqa":
+            return KVCache(cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim, dtype=dtype, device=self.device)
+        capacities = (capacity, capacity if vision_capacity is None else vision_capacity)
+        return LatentCache(cfg.ranks, cfg.rope_width, batch, capacities, dtype=dtype, device=self.device)
+
+    def forward(self, ids, positions, patches=None, grids=None, mask=None, cache=None, valid=None):
+        """ids (B,T), positions (3,B,T), patches (Np, 3·2·p·p) uint8 of all videos in reading order, grids (n,2).
+        mask (B,1,T,T) bool, None = causal; with a cache, valid (B,T) marks tokens that are no padding.
+        → hidden (B,T,D) after the last norm; see `logits`."""
+        cfg, lm = self.cfg, self.language_model
+        vision = torch.isin(ids, torch.tensor(self.vision_ids, device=ids.device))                      # (B,T)
+        x = lm.embed_tokens(ids)
+        deep = []
+        if patches is not None and len(patches):
+            tokens, *deep = self.visual(patches, grids)
+            x = x.masked_scatter(vision[..., None], tokens.to(x.dtype))
+        rope = mrope(positions, cfg.head_dim, cfg.theta, cfg.mrope_sections)
+        if cache is not None:
+            cache.begin(vision, torch.ones_like(vision) if valid is None else valid)
+        for i, layer in enumerate(lm.layers):
+            attention = dict(rope=rope, vision=vision, mask=mask, cache=cache, layer=i)
+            if self.checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, **attention)
+            else:
+                x = layer(x, **attention)
+            if i < len(deep):
+                x = x + torch.zeros_like(x).masked_scatter(vision[..., None], deep[i].to(x.dtype))
+        if cache is not None:
+            cache.commit()
+        return lm.norm(x)
+
+    def logits(self, hidden):                                                          # (…, D) → (…, V)
+        head = self.language_model.embed_tokens if self.cfg.tied else self.lm_head
+        return F.linear(hidden, head.weight)
+
+
+# --------------------------------------------------------------------------------------------------------- video in
+
+@dataclass
+class Video:
+    frames: np.ndarray                       # (F, H, W, 3) uint8
+    times: np.ndarray                        # (F,) seconds, the real presentation time of each frame
+
+
+def probe(path):
+    """Duration in seconds and frame rate of a video file, from its header."""
+    with _open(path) as (container, stream):
+        if stream.duration:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration:
+            duration = container.duration / av.time_base
+        else:
+            raise MediaError(f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)")
+        return duration, float(stream.average_rate or 24)
+
+
+class _open:
+    """`with _open(path) as (container, video_stream)`; every failure names the file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def __enter__(self):
+        if not self.path.is_file():
+            raise MediaError(f"{self.path}: no such file")
+        try:
+            self.container = av.open(str(self.path))
+        except av.FFmpegError as e:
+            raise MediaError(f"{self.path}: not a readable video ({e})") from e
+        if not self.container.streams.video:
+            self.container.close()
+            raise MediaError(f"{self.path}: has no video stream")
+        return self.container, self.container.streams.video[0]
+
+    def __exit__(self, kind, error, trace):
+        self.container.close()
+        if isinstance(error, av.FFmpegError):
+            raise MediaError(f"{self.path}: broken video data ({error})") from error
+
+
+def sample_times(start, end, fps, max_frames=None, pairs=False):
+    """Times to look at in [start, end): every 1/fps seconds; if that is more than max_frames, spread evenly.
+    `pairs`: spread neighbouring pairs instead, because one vision token holds two frames (temporal patch): at a low
+    rate an even spread would put two unrelated moments into it."""
+    count = max(1, math.ceil((end - start) * fps - 1e-6))
+    if max_frames is None or count <= max_frames:
+        return start + np.arange(count) / fps
+    if pairs:
+        n = max(1, max_frames // 2)
+        centre = start + (np.arange(n) + 0.5) * (end - start) / n
+        first = np.floor((centre - 0.5 / fps) * fps + 1e-6) / fps
+        return np.stack([first, first + 1 / fps], 1).reshape(-1)
+    return np.linspace(start, end - 1 / fps, max_frames)
+
+
+def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=60.0):
+    """Frames of [start, end) seconds at `fps` with their real times (see `sample_times`). Streams: decodes from the
+    key frame before `start`, keeps only the wanted frames. Each wanted time gets the frame on screen at that time.
+    Raises MediaError (missing, broken, empty window, slower than `deadline` seconds)."""
+    duration, _ = probe(path)
+    start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
+    if not (fps > 0 and end > start):
+        raise MediaError(f"{path}: nothing to read in {start:g}–{end:g} s at {fps:g} fps (the video has {duration:.1f} s)")
+    wanted = list(sample_times(start, end, fps, max_frames, pairs))
+    frames, times, last, limit = [], [], None, time.monotonic() + deadline
+    with _open(path) as (container, stream):
+        stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
+        if start > 0:
+            container.seek(int(start / stream.time_base), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            while len(frames) < len(wanted) and last is not None and frame.time > wanted[len(frames)] + 1e-3:
+                frames.append(last)
+                times.append(last.time)
+            if len(frames) == len(wanted):
+                break
+            last = frame
+            if time.monotonic() > limit:
+                raise MediaError(f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline")
+        while len(frames) < len(wanted) and last is not None:
+            frames.append(last)
+            times.append(last.time)
+        if not frames:
+            raise MediaError(f"{path}: no frame could be decoded in {start:g}–{end:g} s")
+        pixels = {id(f): _rgb(f) for f in frames}
+    return Video(np.stack([pixels[id(f)] for f in frames]), np.asarray(times, dtype=np.float64))
+
+
+def _rgb(frame):
+    """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels)."""
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4                # PyAV: degrees counter-clockwise
+    return np.ascontiguousarray(np.rot90(image, turns))
+
+
+def read_image(path):
+    with _open(path) as (container, stream):
+        for frame in container.decode(stream):
+            return _rgb(frame)
+    raise MediaError(f"{path}: no picture in it")
+
+
+def target_size(n, height, width, factor, min_volume, max_volume):
+    """Qwen3-VL's size rule for n frames: sides are multiples of `factor`, n·h·w stays within the limits."""
+    if max(height, width) / min(height, width) > 200:
+        raise MediaError(f"aspect ratio of {width}×{height} is above 200")
+    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    frames = math.ceil(n / 2) * 2
+    if frames * h * w > max_volume:
+        beta = math.sqrt(n * height * width / max_volume)
+        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif frames * h * w < min_volume:
+        beta = math.sqrt(min_volume / (n * height * width))
+        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return h, w
+
+
+def patchify(frames, cfg):
+    """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n."""
+    if len(frames) % 2:
+        frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, cfg.min_volume, cfg.max_volume)
+    if size != tuple(x.shape[2:]):
+        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge, p=cfg.patch, q=cfg.patch)
+    return x, (size[0] // cfg.patch, size[1] // cfg.patch)
+
+
+# ------------------------------------------------------------------------------------- tokenizer and chat template
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+            "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+
+class Tokenizer:
+    """The small built-in tokenizer: special tokens, 256 bytes, and a list of pieces; greedy longest match. Every text
+    can be encoded, and `decode(encode(text)) == text`."""
+
+    def __init__(self, pieces):
+        self.pieces = sorted(set(pieces) - set(SPECIALS))
+        self.tokens = [s.encode() for s in SPECIALS] + [bytes([b]) for b in range(256)] + [p.encode() for p in self.pieces]
+        self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
+        for b in range(256):                                                 # a one-byte piece is the byte token itself
+            self.ids[bytes([b])] = len(SPECIALS) + b
+        self.longest = {}                                                    # first two bytes → piece lengths, longest first
+        for token in self.tokens[len(SPECIALS) + 256:]:
+            self.longest.setdefault(token[:2], set()).add(len(token))
+        self.longest = {k: sorted(v, reverse=True) for k, v in self.longest.items()}
+        self.split = re.compile("(" + "|".join(re.escape(s) for s in SPECIALS) + ")")
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def token_id(self, token):
+        return self.ids[token.encode()]
+
+    def encode(self, text):
+        ids = []
+        for part in self.split.split(text):
+            if part in SPECIALS:
+                ids.append(self.token_id(part))
+                continue
+            data, i = part.encode(), 0
+            while i < len(data):
+                size = next((n for n in self.longest.get(data[i:i + 2], ()) if data[i:i + n] in self.ids), 1)
+                ids.append(self.ids[data[i:i + size]])
+                i += size
+        return ids
+
+    def decode(self, ids):
+        return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
+
+    def save(self, directory):
+        (Path(directory) / "vocab.json").write_text(json.dumps(self.pieces, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, directory):
+        path = Path(directory) / "vocab.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no tokenizer in this directory")
+        return cls(json.loads(path.read_text()))
+
+
+@dataclass
+class Encoded:
+    """One conversation as the model reads it."""
+    ids: torch.Tensor                        # (T,) long
+    positions: torch.Tensor                  # (3, T) long: t, h, w of MRoPE
+    patches: torch.Tensor                    # (Np, 3·2·p·p) uint8
+    grids: torch.Tensor                      # (n, 2) long: (h, w) of each temporal patch
+    answer: torch.Tensor                     # (T,) bool: tokens the assistant writes (loss falls here)
+    frames: int = 0                          # video frames looked at
+
+    @property
+    def next_position(self):
+        return int(self.positions.max()) + 1 if len(self.ids) else 0
+
+
+class Processor:
+    """Chat messages → Encoded. The template is concatenative: a conversation can be continued by encoding only its new
+    messages with `offset` = the next position. Decoded videos are kept, up to `cache_bytes` of pixels."""
+
+    def __init__(self, tokenizer, cfg, cache_bytes=2 ** 30):
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.cache, self.cached, self.cache_bytes = OrderedDict(), 0, cache_bytes
+
+    def load(self, item, root):
+        """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
+        kind = item["type"]
+        options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
+        key = (str(Path(root) / item[kind]), *sorted(options.items()))
+        if key in self.cache:
+            self.cache.move_to_end(key)
+            return self.cache[key]
+        if kind == "image":
+            patches, grid = patchify(read_image(key[0])[None], self.cfg)
+            value = patches, grid, None, 1
+        else:
+            video = read_video(key[0], **options)
+            patches, grid = patchify(video.frames, self.cfg)
+            times = np.concatenate([video.times, video.times[-1:]])[:len(video.times) + len(video.times) % 2]
+            value = patches, grid, times.reshape(-1, 2).mean(1), len(video.times)
+        self.cache[key] = value
+        self.cached += value[0].numel()
+        while self.cached > self.cache_bytes and len(self.cache) > 1:
+            self.cached -= self.cache.popitem(last=False)[1][0].numel()
+        return value
+
+    def encode(self, messages, root=".", generation=False, offset=0):
+        """messages in the chat form of the JSONL schema; media paths are relative to `root`. `generation` adds the
+        opening of an assistant turn. Raises MediaError for a video that cannot be read."""
+        out = _Writer(self.tokenizer, self.cfg.merge, offset)
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "assistant":
+                out.text("<|im_start|>assistant\n")
+                out.text(content + "<|im_end|>", answer=True)
+                out.text("\n")
+                continue
+            text = "<|im_start|>user\n<tool_response>\n" if role == "tool" else f"<|im_start|>{role}\n"
+            for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if item["type"] == "text":
+                    text += item["text"]
+                    continue
+                patches, grid, times, frames = self.load(item, root)
+                for i in range(len(patches) // (grid[0] * grid[1])):
+                    out.text(text + ("" if times is None else f"<{times[i]:.1f} seconds>") + "<|vision_start|>")
+                    out.vision(grid, "<|image_pad|>" if times is None else "<|video_pad|>")
+                    text = "<|vision_end|>"
+                out.patches.append(patches)
+                out.frames += frames
+            out.text(text + ("\n</tool_response>" if role == "tool" else "") + "<|im_end|>\n")
+        if generation:
+            out.text("<|im_start|>assistant\n")
+        return out.finish(self.cfg)
+
+
+class _Writer:
+    """Collects ids, MRoPE positions and the answer mask of a conversation."""
+
+    def __init__(self, tokenizer, merge, offset):
+        self.tokenizer, self.merge, self.next = tokenizer, merge, offset
+        self.ids, self.positions, self.answer, self.patches, self.grids, self.frames = [], [], [], [], [], 0
+
+    def text(self, text, answer=False):
+        ids = self.tokenizer.encode(text)
+        self.ids += ids
+        self.answer += [answer] * len(ids)
+        self.positions += [(self.next + i,) * 3 for i in range(len(ids))]     # text advances all axes by 1
+        self.next += len(ids)
+
+    def vision(self, grid, pad):
+        h, w = grid[0] // self.merge, grid[1] // self.merge                   # t stays, h and w count inside the grid
+        self.positions += [(self.next, self.next + r, self.next + c) for r in range(h) for c in range(w)]
+        self.ids += [self.tokenizer.token_id(pad)] * (h * w)
+        self.answer += [False] * (h * w)
+        self.grids.append(grid)
+        self.next += max(h, w)
+
+    def finish(self, cfg):
+        width = 3 * 2 * cfg.patch ** 2
+        return Encoded(torch.tensor(self.ids, dtype=torch.long), torch.tensor(self.positions, dtype=torch.long).view(-1, 3).T,
+                       torch.cat(self.patches) if self.patches else torch.zeros(0, width, dtype=torch.uint8),
+                       torch.tensor(self.grids, dtype=torch.long).view(-1, 2), torch.tensor(self.answer, dtype=torch.bool),
+                       self.frames)
+
+
+# ----------------------------------------------------------------------------------------- data: one schema (JSONL)
+
+TASKS = ("text", "caption", "mcq", "grounding", "mcr")
+
+
+def load_rows(path):
+    """Read a JSONL data file; UserError names the file, line and field of the first row that does not fit."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such data file")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}:{number}: not JSON ({e})") from e
+        problem = row_problem(row)
+        if problem:
+            raise UserError(f"{path}:{number}: {problem}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def row_problem(row):
+    """What is wrong with a row of the schema, or None."""
+    if not isinstance(row, dict):
+        return "a row must be an object"
+    for name, kind in (("id", str), ("task", str), ("messages", list)):
+        if not isinstance(row.get(name), kind):
+            return f"field '{name}' must be a {kind.__name__}"
+    if row["task"] not in TASKS:
+        return f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
+    for i, message in enumerate(row["messages"]):
+        where = f"field 'messages[{i}]'"
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
+            return f"{where}: needs a role of system, user, assistant or tool"
+        content = message.get("content")
+        if message["role"] == "assistant" and not isinstance(content, str):
+            return f"{where}: an assistant's content must be a string"
+        for item in [] if isinstance(content, str) else content if isinstance(content, list) else [None]:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in ("text", "image", "video") or not isinstance(item.get(kind), str):
+                return f"{where}: content must be a string or a list of text, image and video items"
+    if not row["messages"] or row["messages"][-1]["role"] != "assistant":
+        return "field 'messages' must end with the assistant's answer"
+    answer = row.get("answer")
+    if row["task"] == "mcq":
+        options = row.get("options")
+        if not isinstance(options, list) or not 2 <= len(options) <= 26:
+            return "field 'options' must be a list of 2 to 26 options"
+        if not (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options)):
+            return f"field 'answer' is {answer!r}: must be the letter of an option"
+    if row["task"] == "grounding":
+        numbers = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
+        if not numbers or not 0 <= answer[0] < answer[1]:
+            return f"field 'answer' is {answer!r}: must be [start, end] in seconds"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+def collate(samples, pad, device="cpu"):
+    """Right-padded batch of Encoded → keyword arguments of InternVideo3.forward, `valid` (B,T) among them."""
+    T = max(len(s.ids) for s in samples)
+    ids = torch.full((len(samples), T), pad)
+    positions = torch.zeros(3, len(samples), T, dtype=torch.long)
+    valid = torch.zeros(len(samples), T, dtype=torch.bool)
+    for b, s in enumerate(samples):
+        n = len(s.ids)
+        ids[b, :n], positions[:, b, :n], valid[b, :n] = s.ids, s.positions, True
+    batch = dict(ids=ids, positions=positions, valid=valid, patches=torch.cat([s.patches for s in samples]),
+                 grids=torch.cat([s.grids for s in samples]))
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@dataclass
+class Generation:
+    ids: list = field(default_factory=list)            # new tokens, the stop token included when it was reached
+    logprobs: list = field(default_factory=list)       # log π(token) under the sampling temperature
+
+
+def sample_token(logits, temperature, generator=None):
+    """logits (B,V) → tokens (B,), their log-probabilities (B,), in fp32. Temperature 0 is greedy (log-probs at 1)."""
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if temperature:
+        noise = torch.rand(logp.shape, generator=generator).clamp_min(1e-20).to(logp.device)   # drawn on the CPU: the
+        token = (logp - torch.log(-torch.log(noise))).argmax(-1)                                # same on any device
+    else:
+        token = logp.argmax(-1)
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None, pad=0):
+    """Continue each Encoded of `batch` (ending in an open assistant turn) until the token `stop` or max_new tokens.
+    `samples` > 1: the prompt is prefilled once and its cache expanded. → Generation list, batch-major."""
+    was_training, _ = model.training, model.eval()
+    inputs = collate(batch, pad, model.device)
+    valid = inputs["valid"]
+    vision = max(int(sum(model.cfg.merge ** -2 * h * w for h, w in s.grids.tolist())) for s in batch)
+    cache = model.new_cache(len(batch), valid.shape[1] + max_new, vision)
+    hidden = model(**inputs, cache=cache)                                                        # (B,T,D)
+    last = hidden[torch.arange(len(batch), device=model.device), valid.sum(1) - 1]               # (B,D)
+    if samples > 1:
+        cache, last = cache.expand(samples), last.repeat_interleave(samples, 0)
+    position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
+    outs = [Generation() for _ in range(len(position))]
+    done = torch.zeros(len(outs), dtype=torch.bool, device=model.device)
+    for step in range(max_new):
+        token, logp = sample_token(model.logits(last), temperature, generator)
+        for out, t, lp, finished in zip(outs, token.tolist(), logp.tolist(), done.tolist()):
+            if not finished:
+                out.ids.append(t)
+                out.logprobs.append(lp)
+        done |= token == stop
+        if done.all() or step == max_new - 1:
+            break
+        ids = torch.where(done, pad, token)[:, None]
+        positions = (position + step).expand(3, -1)[..., None]
+        last = model(ids, positions, cache=cache, valid=~done[:, None])[:, 0]
+    model.train(was_training)
+    return outs
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+STAGES = ("base", "convert", "cpt", "sft_short", "sft_long", "rl", "opd")          # order of the recipe
+
+
+def write_atomic(path, write):
+    """write(temporary path), then rename: a killed process leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_model(directory, model, tokenizer, half=False):
+    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)
+    state = {k: (v.half() if half and v.is_floating_point() else v).cpu() for k, v in model.state_dict().items()}
+    write_atomic(directory / "weights.pt", lambda p: torch.save(state, p))
+    write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(asdict(model.cfg), indent=1)))
+
+
+def build_model(cfg, tokenizer):
+    return InternVideo3(cfg, [tokenizer.token_id("<|image_pad|>"), tokenizer.token_id("<|video_pad|>")])
+
+
+def load_model(directory, device="cpu", dtype=torch.float32):
+    """→ (model, processor) of a checkpoint directory."""
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: no model here (config.json is missing)")
+    cfg, tokenizer = Config.load(directory / "config.json"), Tokenizer.load(directory)
+    model = build_model(cfg, tokenizer)
+    try:
+        state = torch.load(directory / "weights.pt", map_location="cpu", weights_only=True)
+    except (FileNotFoundError, RuntimeError, EOFError) as e:
+        raise UserError(f"{directory / 'weights.pt'}: cannot be read ({str(e).splitlines()[0]})") from e
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        have, want = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))
+        if have != want:
+            raise UserError(f"{directory / 'weights.pt'}: tensor {name} is {have}, the config needs {want}")
+    model.load_state_dict(state)
+    return model.to(device=device, dtype=dtype).eval(), Processor(tokenizer, cfg)
+
+
+def find_model(argument=None):
+    """A stage's directory, a run (→ its last finished stage), or None (→ the newest run under runs/)."""
+    runs = [Path(argument)] if argument else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for run in runs:
+        for directory in (run, *(run / stage for stage in reversed(STAGES))):
+            if (directory / "config.json").is_file():
+                return directory
+    raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
+
+
+def run_cli(main):
+    """Call main(); a mistake of the user becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ask the model about a video.")
+    parser.add_argument("video")
+    parser.add_argument("question")
+    parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
+    parser.add_argument("--start", type=float, help="look from this second")
+    parser.add_argument("--end", type=float, help="look up to this second")
+    parser.add_argument("--fps", type=float, default=2.0, help="frames per second (default 2)")
+    parser.add_argument("--max-frames", type=int, default=768, help="at most so many frames (default 768)")
+    parser.add_argument("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
+    args = parser.parse_args()
+    if args.fps <= 0 or args.max_frames < 1 or args.max_new < 1:
+        raise UserError("--fps, --max-frames and --max-new must be positive")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = load_model(find_model(args.model), device, torch.bfloat16 if device == "cuda" else torch.float32)
+    video = {"type": "video", "video": str(Path(args.video).resolve()), "fps": args.fps, "max_frames": args.max_frames}
+    video.update({k: v for k, v in (("start", args.start), ("end", args.end)) if v is not None})
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": args.question}]}]
+    sample = processor.encode(messages, generation=True)
+    stop = processor.tokenizer.token_id("<|im_end|>")
+    ids = generate(model, [sample], stop, args.max_new)[0].ids
+    print(processor.tokenizer.decode([i for i in ids if i != stop]))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,650 @@
+"""Attention of InternVideo3 (§3.2): the source GQA, the latent M²LA it is converted to, and the caches.
+
+Shape letters: B batch, T new tokens, N cached tokens, D hidden, H query heads, G KV heads, Dh head dim,
+R latent rank, P width of the shared RoPE key, W = R + P one cache row, S = P/2 complex RoPE slots.
+A cached token costs, per layer (8B): GQA 2*G*Dh = 2048 values, M²LA R + P = 896 + 128 = 1024.
+
+Differs from the paper: (1) QK-norm stays exact instead of becoming a linear map (§3.2.3): the latent need not
+be linear in x. (2) The adapters of a modality (§3.2.1) are a whole decoder: an affine adapter in front of a
+shared decoder gains nothing on an optimal latent.
+
+    pytest tests/test_m2la.py             where there is no GPU, the kernel runs in Triton's interpreter
+    python eval.py --bench conversion     each idea of the conversion at equal bytes (decode: speed, memory)
+"""
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                      # CPU-only installs: the PyTorch reference below does the same
+    triton = None
+
+DECODE = 8            # up to this many new tokens, attention runs on the latent rows themselves ("absorbed")
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that names the file, flag or field and says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- RoPE
+
+def mrope(positions, head_dim, theta, sections):
+    """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,Dh/2), fp32.
+    Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
+    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE.
+    """
+    l = torch.arange(head_dim // 2, device=positions.device)
+    frequency = theta ** (-2.0 * l.float() / head_dim)
+    axis = torch.zeros_like(l)
+    for a in (1, 2):
+        axis[(l % 3 == a) & (l < 3 * sections[a])] = a
+    angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,Dh/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Halves (re, im) of x times exp(i*angle); x (…,2S), cos and sin broadcastable to (…,S)."""
+    re, im = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([re * cos - im * sin, im * cos + re * sin], dim=-1)
+
+
+# -------------------------------------------------------------------------------------------- caches
+
+class Cache:
+    """Preallocated rows for all layers, in segments; tokens of a segment are appended in order.
+
+    What a query token sees of a segment is thus a prefix: one integer per segment and token, its `limits`,
+    says causality, ragged batches and empty segments at once. Counts live on the device; the host only keeps
+    bounds on them, so that decoding never waits for the GPU. A spare row behind each segment takes what does
+    not belong there (padding, tokens of other segments) and is never read.
+    """
+
+    def __init__(self, widths, batch, capacities, dtype=torch.float32, device="cpu"):
+        """widths: per layer, one row width per segment; capacities: rows per sequence of each segment."""
+        self.capacity = tuple(capacities)
+        self.rows = [[torch.zeros(batch, n + 1, width, dtype=dtype, device=device)    # [layer][m] (B,N+1,W_m)
+                      for n, width in zip(self.capacity, layer)] for layer in widths]
+        M = len(self.capacity)
+        self.counts = torch.zeros(M, batch, dtype=torch.long, device=device)             # rows in use
+        self.spare = torch.tensor(self.capacity, device=device)[:, None, None]    # (M,1,1) index of spare row
+        self.kinds = torch.zeros(batch, sum(self.capacity) + 1, dtype=torch.long, device=device)  # segments
+        self.low, self.high = [0] * M, [0] * M                                         # low <= counts <= high
+
+    @property
+    def lengths(self):
+        return self.counts.sum(0)                                                        # (B,) tokens held
+
+    def begin(self, vision, valid=None):
+        """Once before the layers: where do the new tokens go? vision, valid (B,T) bool; None = all valid."""
+        T, M = vision.shape[1], len(self.capacity)
+        ask = T > DECODE or not vision.is_cuda          # may the device be asked? It stalls decoding on a GPU
+        if valid is not None and ask and valid.all():
+            valid = None
+        real = torch.ones_like(vision) if valid is None else valid
+        kind = vision.long() if M > 1 else torch.zeros_like(vision, dtype=torch.long)
+        own = (kind == torch.arange(M, device=vision.device)[:, None, None]) & real      # (M,B,T)
+        self.limits = self.counts[:, :, None] + own.cumsum(2)                           # rows each token sees
+        self.slots = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)   # where its row goes
+        self.fresh, self.mask = not any(self.high), None     # nothing cached: plain attention, None = causal
+        if self.fresh and valid is not None:              # a padding token sees itself: no softmax of nothing
+            eye = torch.eye(T, dtype=torch.bool, device=vision.device)
+            self.mask = (torch.ones_like(eye).tril() & valid[:, None, None, :]) | eye
+        self._bound(T, ask, even=valid is None and M == 1)
+        last = self.kinds.shape[1] - 1
+        self.kinds.scatter_(1, torch.where(real, self.lengths[:, None] + real.cumsum(1) - 1, last), kind)
+
+    def _bound(self, T, ask, even):
+        """Keep low <= counts <= high; ask the device only where that is cheap or high passes the capacity."""
+        low, high = [n + T * even for n in self.low], [n + T for n in self.high]
+        if ask or any(n > c for n, c in zip(high, self.capacity)):
+            last = self.limits[:, :, -1]
+            low, high = last.amin(1).tolist(), last.amax(1).tolist()
+        for name, n, c in zip(("text", "vision"), high, self.capacity):
+            if n > c:
+                name = f"{name} tokens" if len(high) > 1 else "tokens"
+                raise UserError(f"cache capacity: {n} {name} per sequence do not fit into {c}; raise it")
+        self.low, self.high = low, high
+
+    def append(self, layer, rows):
+        """Write the new tokens' rows, (B,T,W_m) for each segment."""
+        batch = torch.arange(self.counts.shape[1], device=self.counts.device)[:, None]
+        for m, row in enumerate(rows):
+            self.rows[layer][m][batch, self.slots[m]] = row.to(self.rows[layer][m].dtype)
+
+    def view(self, layer):
+        """Per segment, the rows that may be in use: (B,N_m,W_m)."""
+        return [rows[:, :n] for rows, n in zip(self.rows[layer], self.high)]
+
+    def visible(self, start, stop):
+        """Mask (B,1,t,N) of query tokens start..stop over the segments' rows side by side."""
+        return torch.cat([torch.arange(n, device=limit.device) < limit[:, None, start:stop, None]
+                          for n, limit in zip(self.high, self.limits)], dim=-1)
+
+    def commit(self):
+        """Once after the layers: the new tokens are in the cache (in place: a CUDA graph can replay it)."""
+        self.counts.copy_(self.limits[:, :, -1])
+
+    def truncate(self, lengths):
+        """Forget all but the first `lengths` tokens, an int or (B,), of each sequence (the agent's undo)."""
+        keep = torch.as_tensor(lengths, device=self.counts.device).expand_as(self.lengths)
+        kept = torch.arange(self.kinds.shape[1], device=keep.device) < keep.minimum(self.lengths)[:, None]
+        for m in range(len(self.capacity)):
+            self.counts[m] = (kept & (self.kinds == m)).sum(1)
+        self.low, self.high = self.counts.amin(1).tolist(), self.counts.amax(1).tolist()
+
+    def expand(self, times):
+        """A new cache with each sequence repeated `times` (group sampling)."""
+        new = copy.copy(self)
+        new.rows = [[rows.repeat_interleave(times, 0) for rows in layer] for layer in self.rows]
+        new.counts = self.counts.repeat_interleave(times, 1)
+        new.kinds = self.kinds.repeat_interleave(times, 0)
+        return new
+
+    def nbytes(self):
+        """Bytes of the rows in use, over all layers and sequences."""
+        used = self.counts.sum(1).tolist()
+        return sum(n * rows.shape[2] * rows.element_size()
+                   for layer in self.rows for n, rows in zip(used, layer))
+
+
+class KVCache(Cache):
+    """GQA: one segment, a row is [k of all KV heads | v of all KV heads], 2*G*Dh values."""
+
+    def __init__(self, layers, batch, capacity, kv_heads, head_dim, dtype=torch.float32, device="cpu"):
+        super().__init__([(2 * kv_heads * head_dim,)] * layers, batch, (capacity,), dtype, device)
+
+
+class LatentCache(Cache):
+    """M²LA: segment 0 holds text, 1 vision; a row is [latent R_m | shared RoPE key P].
+    ranks: (R_text, R_vision) of each layer; capacities: (text, vision) tokens per sequence."""
+
+    def __init__(self, ranks, rope_width, batch, capacities, dtype=torch.float32, device="cpu"):
+        widths = [tuple(r + rope_width for r in layer) for layer in ranks]
+        super().__init__(widths, batch, capacities, dtype, device)
+
+
+# ------------------------------------------------------------------------------------- shared attention
+
+BLOCK_SCORES = 2 ** 28        # query blocks of a long cached prefill: at most so many scores per KV head
+
+
+def attend(q, k, v, mask, scale):
+    """q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv), mask (B,1,T,T) bool or None = causal -> (B,T,H*Dv)."""
+    B, H, T, E = q.shape
+    Dv, repeat = v.shape[-1], H // k.shape[1]
+    v = F.pad(v, (0, E - Dv))                        # the fused kernels want one width
+    if mask is not None:                          # with a mask, CUDA has no fused kernel that shares KV heads
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                         enable_gqa=mask is None and repeat > 1)
+    return out[..., :Dv].transpose(1, 2).reshape(B, T, H * Dv)
+
+
+def attend_cached(q, k, v, cache, scale):
+    """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in query blocks of bounded memory."""
+    B, H, T, E = q.shape
+    G, N, Dv = k.shape[1], k.shape[2], v.shape[-1]
+    v = F.pad(v, (0, E - Dv))
+    block, outs = max(1, BLOCK_SCORES // (N * B * (H // G))), []
+    for start in range(0, T, block):
+        part = q[:, :, start:start + block].reshape(B, G, -1, E)  # a group's heads in one: no copies of k, v
+        all_seen = T == 1 and cache.low == cache.high
+        mask = None if all_seen else cache.visible(start, start + block).repeat(1, 1, H // G, 1)
+        out = F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scale)
+        outs.append(out[..., :Dv].reshape(B, H, -1, Dv))
+    return torch.cat(outs, 2).transpose(1, 2).reshape(B, T, H * Dv)
+
+
+class Attention(nn.Module):
+    """What GQA and M2LA share: Qwen3's projections, with an RMSNorm on each q and k head before RoPE."""
+
+    def __init__(self, hidden, heads, kv_heads, head_dim, eps=1e-6):
+        super().__init__()
+        self.hidden, self.heads, self.kv_heads, self.head_dim = hidden, heads, kv_heads, head_dim
+        self.eps, self.scale = eps, head_dim ** -0.5
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps)
+
+    def project(self, x):
+        """x (B,T,D) -> q (B,T,H,Dh), k and v (B,T,G,Dh); q and k normalised but not yet rotated."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
+        return q, k, self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+
+
+class GQA(Attention):
+    """Qwen3's attention: H query heads share G KV heads. What we convert from, and the fair baseline."""
+
+    def forward(self, x, rope, vision, mask=None, cache=None, layer=0):
+        """x (B,T,D), rope (cos, sin) each (B,T,Dh/2), vision (B,T) bool, mask (B,1,T,T) bool or None = causal
+        -> (B,T,D). With a cache, causality comes from the cache's order and `mask` is ignored."""
+        q, k, v = self.project(x)
+        cos, sin = (r[:, :, None] for r in rope)                                         # (B,T,1,Dh/2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache.append(layer, [torch.cat([k, v], 2).flatten(2)])
+            if not cache.fresh:
+                rows = cache.view(layer)[0].unflatten(2, (2, self.kv_heads, self.head_dim))
+                k, v = rows.permute(2, 0, 3, 1, 4)                                       # (B,G,N,Dh)
+                return self.o_proj(attend_cached(q.transpose(1, 2), k, v, cache, self.scale))
+            mask = cache.mask
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                 # (B,heads,T,Dh)
+        return self.o_proj(attend(q, k, v, mask, self.scale))
+
+
+# --------------------------------------------------------------------------- attention over latent rows
+
+def merge(outs, lses):
+    """Join attention over S disjoint sets of keys, exactly: outs (…,S,C), each normalised, lses (…,S), the
+    log-sum-exp of each set's scores -> out (…,C), lse (…). Empty sets have lse -inf; all empty: out is 0."""
+    info = torch.finfo(lses.dtype)
+    top = lses.amax(-1, keepdim=True).clamp_min(info.min)                # no inf - inf
+    share = (lses - top).exp()
+    total = share.sum(-1, keepdim=True)
+    out = (share / total.clamp_min(info.tiny))[..., None, :] @ outs
+    return out.squeeze(-2), (top + total.log()).squeeze(-1)
+
+
+if triton is not None:
+    @triton.jit
+    def _attend_kernel(Q, ROWS, LIMITS, OUT, LSE,      # (B,M,W) (B,N,W) (B,T) -> (B,M,splits,R) (B,M,splits)
+                       M, H, T, scale, batch_stride, row_stride,
+                       R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows. A row
+        is the key and, in its first R columns, the value: loaded once. WIDE: W up to a power of two."""
+        split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n, w = tl.arange(0, BLOCK_N), tl.arange(0, WIDE)
+        q = tl.load(Q + (batch * M + m[:, None]) * W + w[None, :], (m < M)[:, None] & (w < W)[None, :], 0.0)
+        limit = tl.load(LIMITS + batch * T + m // H, m < M, 0)                          # rows each query sees
+        longest = tl.max(limit, 0)
+        share = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
+        start, stop = split * share, tl.minimum((split + 1) * share, longest)
+        rows = ROWS + batch * batch_stride + start.to(tl.int64) * row_stride             # > 2^31 at 1M tokens
+        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        out = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        for first in range(start, stop, BLOCK_N):
+            token = first + n
+            held = (token < stop)[:, None] & (w < W)[None, :]                            # junk may be NaN
+            row = tl.load(rows + n[:, None] * row_stride + w[None, :], held, 0.0)        # (N,W)
+            s = tl.dot(q, tl.trans(row), input_precision=PRECISION) * scale              # (M,N)
+            s = tl.where(token[None, :] < limit[:, None], s, float("-inf"))
+            new = tl.maximum(best, tl.max(s, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)                              # nothing seen yet
+            p, shrink = tl.exp(s - base[:, None]), tl.exp(best - base)
+            total = total * shrink + tl.sum(p, 1)
+            out = out * shrink[:, None] + tl.dot(p.to(row.dtype), row, input_precision=PRECISION)
+            best = new
+            rows += BLOCK_N * row_stride
+        seen, place = total > 0, (batch * M + m) * splits + split
+        out = out / tl.where(seen, total, 1.0)[:, None]
+        tl.store(OUT + place[:, None] * R + w[None, :], out, (m < M)[:, None] & (w < R)[None, :])
+        tl.store(LSE + place, tl.where(seen, best + tl.log(tl.where(seen, total, 1.0)), float("-inf")), m < M)
+
+
+def _attend_triton(q, rows, limits, rank, scale, splits=None):
+    B, T, H, W = q.shape
+    M, wide = T * H, triton.next_power_of_2(max(W, 16))
+    if wide > 1024:
+        raise UserError(f"latent rows of {W} values: the Triton kernel holds at most 1024; use smaller ranks "
+                        "or backend='torch'")
+    assert rows.stride(2) == 1, "the values of a row must be contiguous"
+    if not q.is_cuda:                                       # the interpreter computes bf16 wrongly
+        q, rows = q.float(), rows.float()
+    block_m, block_n = 16 if M <= 16 else 32, 32 if wide > 512 else 64
+    blocks = triton.cdiv(M, block_m)
+    if splits is None:                                  # fill the GPU once; depends on no length: CUDA graphs
+        cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+        splits = max(1, min(cores // (B * blocks), triton.cdiv(rows.shape[1], 256)))
+    out = torch.empty(B, M, splits, rank, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, M, splits, dtype=torch.float32, device=q.device)
+    _attend_kernel[(blocks, splits, B)](
+        q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale, *rows.stride()[:2],
+        R=rank, W=W, WIDE=wide, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=3,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+    out, lse = merge(out, lse)
+    return out.view(B, T, H, rank), lse.view(B, T, H)
+
+
+def _attend_torch(q, rows, limits, rank, scale):
+    n = max(1, int(limits.max()))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, rows = q.to(dtype) * scale, rows[:, :n].to(dtype)
+    unseen = torch.arange(n, device=q.device) >= limits[:, :, None]                      # (B,T,n)
+    s = torch.bmm(q.flatten(1, 2), rows.mT).unflatten(1, q.shape[1:3])                   # (B,T,H,n)
+    s = s.masked_fill_(unseen[:, :, None], float("-inf"))
+    lse = s.logsumexp(-1)
+    p = (s - lse.clamp_min(torch.finfo(dtype).min)[..., None]).exp_()                    # nothing seen: all 0
+    return torch.bmm(p.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3]), lse
+
+
+def latent_attend(q, rows, limits, rank, scale, backend=None):
+    """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
+    columns of a row are its value -> out (B,T,H,R), lse (B,T,H); fp32, or fp64 of fp64 in the reference.
+    backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
+    on any device) or None: Triton on a GPU, else PyTorch.
+    """
+    backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
+    return (_attend_triton if backend == "triton" else _attend_torch)(q, rows, limits, rank, scale)
+
+
+# ---------------------------------------------------------------------------------------------- M²LA
+
+class M2LA(Attention):
+    """The source projections, plus an encoder in front of the cache and a decoder behind it (§3.2).
+
+        k = k_norm(k_proj x), v = v_proj x       exact QK-norm
+        row = encode([k; v]) = [c_m | k_rope]    c_m: latent of the token's modality m; k_rope: RoPE key of
+                                                 all heads, its slot s turning with frequency slots[s]
+        [k_nope; v] = decode_m(c_m)              rebuilt for each KV head, never cached
+        [q_nope | q_rope] = q_h query_h          score = scale * (q_nope·k_nope + RoPE(q_rope)·RoPE(k_rope))
+
+    All maps are trainable; `from_gqa` computes them so that the layer starts near its source.
+    """
+
+    def __init__(self, hidden, heads, kv_heads, head_dim, eps, rope_width, ranks):
+        super().__init__(hidden, heads, kv_heads, head_dim, eps)
+        self.rope_width, self.ranks = rope_width, tuple(ranks)
+        width = 2 * kv_heads * head_dim
+        self.query = nn.Parameter(torch.randn(heads, head_dim, head_dim + rope_width) * head_dim ** -0.5)
+        self.encode = nn.Linear(width, sum(ranks) + rope_width)              # -> [c_text | c_vision | k_rope]
+        self.decode = nn.ModuleList(nn.Linear(rank, width) for rank in ranks)              # text, vision
+        self.register_buffer("slots", torch.arange(rope_width // 2) % (head_dim // 2))     # frequencies
+
+    def forward(self, x, rope, vision, mask=None, cache=None, layer=0):
+        """As GQA.forward."""
+        q, k, v = self.project(x)
+        cos, sin = (r[..., self.slots] for r in rope)                                    # (B,T,S)
+        q = torch.einsum("bthd,hde->bhte", q, self.query)                                # (B,H,T,Dh+P)
+        q_nope, q_rope = q.split([self.head_dim, self.rope_width], -1)
+        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
+        rows = self.encode(torch.cat([k, v], 2).flatten(2))
+        *latents, k_rope = rows.split([*self.ranks, self.rope_width], -1)                # (B,T,R_m), (B,T,P)
+        k_rope = rotate(k_rope, cos, sin)
+        if cache is not None:
+            cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
+            if not cache.fresh:
+                attend_rows = self.attend_absorbed if x.shape[1] <= DECODE else self.attend_rebuilt
+                return self.o_proj(attend_rows(q_nope, q_rope, cache, layer))
+            mask = cache.mask
+        text, sight = (decode(c) for decode, c in zip(self.decode, latents))
+        k, v = self.split_heads(torch.where(vision[..., None], sight, text), k_rope)
+        return self.o_proj(attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale))
+
+    def split_heads(self, kv, k_rope):
+        """Rebuilt kv (B,N,2*G*Dh) and the shared k_rope (B,N,P) -> k (B,G,N,Dh+P), v (B,G,N,Dh)."""
+        k, v = kv.unflatten(2, (2, self.kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return torch.cat([k, k_rope[:, None].expand(-1, self.kv_heads, -1, -1)], -1), v
+
+    def attend_rebuilt(self, q_nope, q_rope, cache, layer):
+        """Many new tokens: rebuild k, v from the cached rows; one decoder per segment."""
+        parts = [self.split_heads(decode(rows[..., :rank]), rows[..., rank:])
+                 for decode, rank, rows in zip(self.decode, self.ranks, cache.view(layer))]
+        k, v = (torch.cat(part, 2) for part in zip(*parts))
+        return attend_cached(torch.cat([q_nope, q_rope], -1), k, v, cache, self.scale)
+
+    def attend_absorbed(self, q_nope, q_rope, cache, layer):
+        """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the
+        rows themselves. So v = U' c + b' is applied to the attended latent. b differs by segment: it enters
+        the segment's log-sum-exp, by which the segments are merged, exactly."""
+        q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)                  # (B,T,H,·)
+        q = q_nope.unflatten(2, (self.kv_heads, -1))                                     # (B,T,G,H/G,Dh)
+        outs, lses = [], []
+        for m, (decode, rank) in enumerate(zip(self.decode, self.ranks)):
+            up_k, up_v = decode.weight.view(2, self.kv_heads, self.head_dim, rank)       # (G,Dh,R)
+            bias_k, bias_v = decode.bias.view(2, self.kv_heads, 1, self.head_dim)        # (G,1,Dh)
+            q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)           # (B,T,H,R)
+            latent, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m],
+                                        cache.limits[m], rank, self.scale)               # (B,T,H,R), (B,T,H)
+            lses.append(lse + self.scale * (q * bias_k).sum(-1).flatten(2))
+            latent = latent.to(q.dtype).unflatten(2, (self.kv_heads, -1))
+            outs.append((torch.einsum("btgir,gdr->btgid", latent, up_v) + bias_v).flatten(2, 3))
+        out, _ = merge(torch.stack(outs, -2).to(lse.dtype), torch.stack(lses, -1))                # (B,T,H,Dh)
+        return out.to(q.dtype).flatten(2)
+
+    @classmethod
+    @torch.no_grad()
+    def from_gqa(cls, gqa, moments, spec, layer=0):
+        """The M²LA layer nearest to `gqa` on the calibration data (§3.2.1), without training.
+        RoPE key: `rope_split`. Content x = [k_nope; v]: the joint PCA to R values minimising E|A (x - x')|²,
+        where A² = `error_metric` says what the layer makes of an error:
+            A Cov(x) A = E Λ Eᵀ,   c = E_Rᵀ A (x - mean),   x' = A⁻¹ E_R c + mean
+        Each modality has its own mean, basis and rank. All of it is linear in [k; v]: one encoder matrix.
+        """
+        if not moments.count.sum():
+            raise UserError("calibration saw no tokens: run forwards inside `with Calibration(…)` first")
+        ranks, width = spec.layer_ranks(layer), 2 * gqa.kv_heads * gqa.head_dim
+        if max(ranks) > width or spec.rope_width > width // 2:
+            raise UserError(f"ConvertSpec ranks={ranks}, rope_width={spec.rope_width}: this layer allows at "
+                            f"most {width} (2*G*Dh) and {width // 2} (G*Dh)")
+        new = cls(gqa.hidden, gqa.heads, gqa.kv_heads, gqa.head_dim, gqa.eps, spec.rope_width, ranks)
+        new.to(gqa.k_proj.weight)                       # maps are computed in fp64 and cast once, when copied
+        new.load_state_dict(gqa.state_dict(), strict=False)
+        encode_rope, decode_rope, query, new.slots = rope_split(gqa, moments, spec)
+        nope = torch.eye(width, dtype=torch.float64, device=query.device)              # [k; v] -> [k_nope; v]
+        nope[:width // 2, :width // 2] -= decode_rope @ encode_rope
+        new.query.copy_(query)
+        weights, biases = [], []
+        for m, rank in enumerate(ranks):
+            count, mean, cov = moments.statistics(m if spec.modality == "segments" else None)
+            if spec.modality == "segments" and count < 10 * rank:
+                name = ("text", "vision")[m]
+                warnings.warn(f"layer {layer}: {int(count)} {name} tokens of calibration for rank {rank}, at "
+                              f"least {10 * rank} are needed: the basis of both modalities together is used "
+                              f"instead; calibrate on more {name} to get its own", stacklevel=3)
+                count, mean, cov = moments.statistics(None)
+            mean, cov = nope @ mean, nope @ cov @ nope.mT
+            metric = error_metric(gqa, moments, query[..., :gqa.head_dim], cov, spec.metric)
+            value, vector = torch.linalg.eigh(metric)
+            A, inverse = (vector * value.sqrt()) @ vector.mT, (vector / value.sqrt()) @ vector.mT
+            basis = torch.linalg.eigh(A @ cov @ A).eigenvectors[:, -rank:].flip(1)       # (2GDh,R)
+            weights.append(basis.mT @ A @ nope)
+            biases.append(-basis.mT @ A @ mean)
+            new.decode[m].weight.copy_(inverse @ basis)
+            new.decode[m].bias.copy_(mean)
+        new.encode.weight.copy_(torch.cat([*weights, F.pad(encode_rope, (0, width // 2))]))
+        new.encode.bias.copy_(F.pad(torch.cat(biases), (0, spec.rope_width)))
+        return new
+
+
+# --------------------------------------------------------------------------- calibration and conversion
+
+@dataclass
+class ConvertSpec:
+    """What a GQA layer becomes. Defaults are the best measured choices; the others are there to compare."""
+    rope_width: int                      # P, even; 2 values per complex slot
+    ranks: tuple                         # (R_text, R_vision), or one such pair per layer
+    rope_basis: str = "unitary"  # "unitary" | "real": matrices across heads at one frequency (TransMLA: real)
+    slots: str = "realloc"               # "realloc" | "uniform": as many slots for each frequency
+    gain: bool = True                    # content channels get the mean turn that RoPE would have given them
+    metric: str = "qa"             # "qa" (queries and W_o) | "balance" (K against V) | "identity" (plain PCA)
+    modality: str = "segments"           # "segments" | "shared": one basis for text and vision
+
+    def __post_init__(self):
+        choices = dict(rope_basis=("unitary", "real"), slots=("realloc", "uniform"), gain=(True, False),
+                       metric=("qa", "balance", "identity"), modality=("segments", "shared"))
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
+        if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
+            raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
+        single = isinstance(self.ranks, (tuple, list)) and all(isinstance(r, int) for r in self.ranks)
+        pairs = [self.ranks] if single else self.ranks
+        if not isinstance(pairs, (tuple, list)) or not all(
+                isinstance(pair, (tuple, list)) and len(pair) == 2
+                and all(isinstance(r, int) and r > 0 for r in pair) for pair in pairs):
+            raise UserError(f"ConvertSpec ranks={self.ranks!r}: use (text, vision), two positive numbers, or "
+                            "a list of such pairs, one per layer")
+        self.ranks = tuple(self.ranks) if single else tuple(tuple(pair) for pair in pairs)
+
+    def layer_ranks(self, layer):
+        if isinstance(self.ranks[0], int):
+            return self.ranks
+        if layer >= len(self.ranks):
+            raise UserError(f"ConvertSpec ranks: {len(self.ranks)} pairs given, but layer {layer} is to be "
+                            "converted: give one pair per layer")
+        return self.ranks[layer]
+
+
+class Moments:
+    """What calibration keeps of one layer, in fp64, whatever the number of tokens. z = [k; v] before RoPE."""
+    def __init__(self, gqa):
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.float64, device=gqa.k_proj.weight.device)
+        heads, head_dim, width = gqa.heads, gqa.head_dim, 2 * gqa.kv_heads * gqa.head_dim
+        self.count, self.first, self.second = zeros(2), zeros(2, width), zeros(2, width, width)  # by modality
+        self.query = zeros(heads, head_dim, head_dim)                    # sum of q qᵀ, before RoPE
+        self.turn, self.energy = zeros(2, heads, head_dim // 2), zeros(heads, head_dim // 2)    # add_turns
+
+    def statistics(self, modality=None):
+        """Number of tokens, mean (2GDh,) and centred covariance (2GDh,2GDh) of z; None = both modalities."""
+        pick = slice(None) if modality is None else slice(modality, modality + 1)
+        count = self.count[pick].sum()
+        mean, second = self.first[pick].sum(0) / count, self.second[pick].sum(0) / count
+        return count, mean, second - mean[:, None] * mean
+
+
+class Calibration:
+    """with Calibration([layer.self_attn, …]) as calibration: ordinary forwards -> .moments, one per layer.
+    Use samples as long as the model will meet (gains and slots depend on distances) and at least 10*R tokens
+    of each modality. For padded batches set calibration.valid, (B,T) bool, before each forward.
+    """
+
+    def __init__(self, modules):
+        self.modules, self.valid = list(modules), None
+        self.moments = [Moments(module) for module in self.modules]
+
+    def __enter__(self):
+        def hook(moments):
+            return lambda module, args, kwargs: self.add(moments, module, *args, **kwargs)
+        self.hooks = [module.register_forward_pre_hook(hook(moments), with_kwargs=True)
+                      for module, moments in zip(self.modules, self.moments)]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def add(self, moments, gqa, x, rope, vision, mask=None, cache=None, layer=0):
+        if cache is not None:
+            raise UserError("calibration needs forwards without a cache: it looks at whole samples")
+        q, k, v = gqa.project(x)
+        valid = torch.ones_like(vision) if self.valid is None else self.valid
+        z = torch.cat([k, v], 2).flatten(2)
+        for m in range(2):
+            rows = z[valid & (vision == bool(m))].double()
+            moments.count[m] += len(rows)
+            moments.first[m] += rows.sum(0)
+            moments.second[m] += rows.mT @ rows
+        rows = q[valid].double()
+        moments.query += torch.einsum("nhd,nhe->hde", rows, rows)
+        self.add_turns(moments, gqa, q, k, rope, mask, valid)
+
+    def add_turns(self, moments, gqa, q, k, rope, mask, valid):
+        """By how much RoPE turns a pair of tokens, on average:
+            α_{h,l} = Σ w |q_l|² |k_l|² e^{iθ_l Δ} / Σ w |q_l|² |k_l|²,   Δ = p_key - p_query,
+        w = ½ attention weight + ½ uniform over what the query sees."""
+        B, T, H, _ = q.shape
+        cos, sin = (r.float() for r in rope)                                             # (B,T,L), L = Dh/2
+        q_turned, k_turned = (rotate(t.float(), cos[:, :, None], sin[:, :, None]) for t in (q, k))
+        q_power, k_power = (t.float().unflatten(-1, (2, -1)).square().sum(-2) for t in (q, k))  # (B,T,H|G,L)
+        q_power = q_power * valid[:, :, None, None]
+        keys = torch.stack([k_power * cos[:, :, None], k_power * sin[:, :, None], k_power], 3)   # (B,T,G,3,L)
+        keys = keys.flatten(3).transpose(1, 2).repeat_interleave(H // k.shape[2], 1)     # (B,H,T,3L)
+        k_turned = k_turned.transpose(1, 2).repeat_interleave(H // k.shape[2], 1)        # (B,H,T,Dh)
+        causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        for start in range(0, T, 512):                                                   # bounded memory
+            part = slice(start, start + 512)
+            seen = causal[part] if mask is None else mask[:, :, part]                    # (…,t,T)
+            score = q_turned[:, part].transpose(1, 2) @ k_turned.mT * gqa.scale          # (B,H,t,T)
+            weight = score.masked_fill(~seen, -1e9).softmax(-1)
+            weight = (weight + seen / seen.sum(-1, keepdim=True).clamp_min(1)) / 2
+            mean = (weight @ keys).transpose(1, 2).unflatten(-1, (3, -1)) * q_power[:, part, :, None]
+            re, im, energy = mean.double().unbind(3)                                     # (B,t,H,L)
+            c, s = cos[:, part, None].double(), sin[:, part, None].double()            # times e^{-iθ p_query}
+            moments.turn += torch.stack([re * c + im * s, im * c - re * s]).sum((1, 2))
+            moments.energy += energy.sum((0, 1))
+
+
+def complex_map(weight, columns, width):
+    """Complex weights (S,G), slot s taking frequency columns[s] of every head -> the real matrix (2S,width)
+    that does the same to vectors in halves: slots as [re | im], each of the G heads as [re | im]."""
+    S, G = weight.shape
+    out = torch.zeros(2, S, G, 2, width // (2 * G), dtype=torch.float64, device=weight.device)
+    s = torch.arange(S, device=weight.device)
+    out[0, s, :, 0, columns], out[0, s, :, 1, columns] = weight.real, -weight.imag
+    out[1, s, :, 0, columns], out[1, s, :, 1, columns] = weight.imag, weight.real
+    return out.view(2 * S, width)
+
+
+def rope_split(gqa, moments, spec):
+    """The shared RoPE key (§3.2.1): encode (P,GDh), decode (GDh,P), query maps (H,Dh,Dh+P), slots (S,).
+
+    A key's frequency l is one complex number κ_g per head; RoPE turns all heads by the same phase, so *any*
+    complex matrix across heads commutes with it. The eigenvectors u of E[wκ (wκ)ᴴ] give the best one:
+        k_rope[s] = Σ_g conj(u_g) w_g κ_g,   κ_g ≈ (u_g / w_g) k_rope[s],   q_rope[s] = q conj(u_g / w_g)
+    The rest, k_nope = k - decode encode k, is content, whose queries take only RoPE's mean turn α: q_nope =
+    conj(α) q. w_g² = Σ_{h∈g} E|q|² (1 - |α|²) is the harm of leaving (g,l) there. α: Calibration.add_turns.
+    """
+    G, L, S = gqa.kv_heads, gqa.head_dim // 2, spec.rope_width // 2
+    tokens, K = moments.count.sum(), gqa.kv_heads * gqa.head_dim
+    alpha = torch.complex(*moments.turn) / moments.energy.clamp_min(1e-30)                   # (H,L)
+    q_power = moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (2, L)).sum(1) / tokens    # (H,L)
+    harm = q_power * (1 - alpha.abs().square()).clamp_min(1e-4)
+    w = harm.unflatten(0, (G, -1)).sum(1).clamp_min(1e-12).sqrt().mT                         # (L,G)
+    k = (moments.second.sum(0)[:K, :K] / tokens).view(G, 2, L, G, 2, L)
+    k = k.diagonal(dim1=2, dim2=5).permute(4, 0, 2, 1, 3)                                    # (L,G,G,2,2)
+    C = torch.complex(k[..., 0, 0] + k[..., 1, 1], k[..., 1, 0] - k[..., 0, 1])              # E[κ κᴴ] (L,G,G)
+    if spec.rope_basis == "real":
+        C = C.real.to(C.dtype)
+    value, vector = torch.linalg.eigh(w[:, :, None] * C * w[:, None])                        # ascending
+    if spec.slots == "realloc":                          # the S largest of all
+        slot = value.flatten().topk(S).indices.sort().values
+    elif spec.rope_width % gqa.head_dim:
+        raise UserError(f"ConvertSpec slots='uniform': rope_width={spec.rope_width} must be a multiple of "
+                        f"the head dim {gqa.head_dim}; or use slots='realloc'")
+    else:                                                # the largest of each frequency
+        slot = torch.arange(L * G, device=w.device).view(L, G)[:, -(S // L):].flatten()
+    l, u = slot // G, vector[slot // G, :, slot % G]                                         # (S,), (S,G)
+    encode, decode = u.conj() * w[l], u / w[l]
+    size = torch.linalg.vector_norm(encode, dim=1, keepdim=True)                     # slots as large as a key
+    encode, decode = complex_map(encode / size, l, K), complex_map((decode * size).conj(), l, K).mT
+    if not spec.gain:
+        alpha = torch.ones_like(alpha)
+    re, im = torch.diag_embed(alpha.real), torch.diag_embed(alpha.imag)                      # (H,L,L)
+    turn = torch.cat([torch.cat([re, -im], 2), torch.cat([im, re], 2)], 1)                   # (H,Dh,Dh)
+    q_rope = decode.view(G, 2 * L, -1).repeat_interleave(gqa.heads // G, 0)                  # (H,Dh,P)
+    return encode, decode, torch.cat([turn, q_rope], 2), l
+
+
+def error_metric(gqa, moments, turn, cov, kind):
+    """What an error e of x = [k_nope; v] costs, as a (2GDh,2GDh) form. "qa": in a key Σ_h E[(q_nope·e)²], in
+    a value Σ_h |W_o e|², each relative to its total, which also balances keys against values."""
+    K, G = cov.shape[0] // 2, gqa.kv_heads
+    parts = [torch.eye(K, dtype=cov.dtype, device=cov.device)] * 2
+    if kind == "identity":
+        return torch.block_diag(*parts)
+    if kind == "qa":
+        w_o = gqa.o_proj.weight.double().unflatten(1, (gqa.heads, gqa.head_dim))             # (D,H,Dh)
+        for_k = turn.mT @ (moments.query / moments.count.sum()) @ turn                       # (H,Dh,Dh)
+        for_v = torch.einsum("ohd,ohe->hde", w_o, w_o)
+        parts = [torch.block_diag(*heads.unflatten(0, (G, -1)).sum(1)) for heads in (for_k, for_v)]
+        parts = [part + 1e-8 * part.trace() / K * torch.eye(K).to(part) for part in parts]   # invertible
+    sizes = [(part * c).sum() + 1e-6 * part.trace() for part, c in zip(parts, (cov[:K, :K], cov[K:, K:]))]
+    metric = torch.block_diag(*(part / size for part, size in zip(parts, sizes)))
+    return metric * (2 * K / metric.trace())                       # so that the latent is about as large as x

@@ -1,0 +1,860 @@
+"""The agent: Multimodal Contextual Reasoning (MCR), §3.1 and §3.4 of the paper, over one live cache.
+
+Question Q, observation V, action A, feedback F, context C, reasoning R. For i = 1 … N:
+
+    R_i      ~ f_θ(Q | V_i, A_i, F_i, C_i)              (1) reason     the model writes a turn
+    A_{i+1}  ~ ρ(A_i | R_i, F_i, Q)                     (2) act        its tool call, checked against a schema
+    F_{i+1}  ~ π(A_{i+1} | R_i, Q)                      (3) feedback   the tool answers; so does a failure
+    V_{i+1}  ~ δ(V_i | C_{i+1})                         (4) look       the evidence windows from now on
+    C_{i+1}  = C_i ⊕ (R_i, A_{i+1}, F_{i+1})            (5) extend     appends to the live cache
+
+    python mcr_agent.py clip.mp4 "Which word is said at 34 seconds?" --options oak maple river --trace t.jsonl
+    python mcr_agent.py --replay t.jsonl                # prints the same rollout again, without a model
+
+Differs from the paper, or fills what it leaves open:
+  1. R_i and A_{i+1} are one assistant turn of one autoregressive rollout.
+  2. ⊕ never compresses: `summarize` adds a belief summary and drops nothing.
+  3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or
+     documents is looked up in that text instead. A contradiction reopens the loop once.
+  4. `web_search` ranks a local folder of .txt files; `asr` reads the .srt or .vtt file beside the video.
+  5. Budgets are hard. A frame counts once, however often it is shown; tokens count every time. Only the
+     forced answer runs after a budget is spent, on tokens kept back for it (RESERVE).
+"""
+import argparse
+import base64
+import functools
+import html
+import json
+import math
+import re
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iv3 import SPECIALS, find_model, load_model, probe, read_video, run_cli, sample_times
+from m2la import UserError
+
+SYSTEM = "You are a video agent. Look, listen and search before you answer."
+ROUTES = ("global", "speech", "knowledge", "temporal", "fine-grained")          # question types (§3.4)
+VERDICTS = ("support", "contradict", "unclear")
+FORCED = '<tool_call>\n{"name": "answer", "arguments": {"text": "'                # how a forced answer begins
+RESERVE = 192                                        # tokens kept back for the forced answer and its prompt
+FPS = 2.0                                            # frames per second of a view that does not say
+
+
+# ------------------------------------------------------------------------------------------- the model, live
+
+@functools.cache
+def first_tokens(tokenizer, word):
+    """Ids of the tokens that can begin `word`: its beginnings, and longer pieces ("speech: hear what")."""
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    return torch.tensor([i for i, t in enumerate(texts) if t and (t.startswith(word) or word.startswith(t))])
+
+
+class LiveModel:
+    """Our model behind the agent's interface, with one growing context. New messages are queued and prefilled
+    together just before the model goes on, so that every token passes through the model exactly once."""
+
+    def __init__(self, model, processor, capacity=8192):
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.capacity, self.cache = capacity, model.new_cache(1, capacity)
+        self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
+        self.prefilled = self.side = 0               # of them not its own words; spent outside: score, ask
+        self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
+        allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
+        banned = [self.tokenizer.token_id(s) for s in SPECIALS if s not in allowed]
+        self.banned = torch.tensor(banned, device=model.device)
+
+    @property
+    def nbytes(self):
+        return self.cache.nbytes()
+
+    def append(self, message, room=math.inf):
+        """Queue a message; False, and nothing happens, if it takes more than `room` tokens."""
+        e = self.processor.encode([message], offset=self.position)
+        if len(e.ids) > min(room, self.capacity - self.tokens):
+            return False
+        self.queue.append((e.ids, e.positions, e.patches, e.grids))
+        self.tokens, self.prefilled = self.tokens + len(e.ids), self.prefilled + len(e.ids)
+        self.position = e.next_position
+        return True
+
+    def _write(self, text, ids=None):
+        """Queue text, or tokens that the model chose; text advances all three MRoPE axes by 1."""
+        new = self.tokenizer.encode(text) if ids is None else ids
+        positions = torch.arange(self.position, self.position + len(new)).expand(3, -1)
+        self.queue.append((torch.tensor(new, dtype=torch.long), positions, None, None))
+        self.tokens, self.position = self.tokens + len(new), self.position + len(new)
+        self.prefilled += len(new) if ids is None else 0
+
+    def _flush(self):
+        """Run the queue in one forward pass → log-probabilities (V,) of the next token, -inf where banned."""
+        ids, positions, patches, grids = zip(*self.queue)
+        self.queue, device, vision = [], self.model.device, {}
+        if any(p is not None and len(p) for p in patches):
+            vision = dict(patches=torch.cat([p for p in patches if p is not None]).to(device),
+                          grids=torch.cat([g for g in grids if g is not None]).to(device))
+        hidden = self.model(torch.cat(ids)[None].to(device), torch.cat(positions, 1)[:, None].to(device),
+                            cache=self.cache, **vision)                                             # (1,T,D)
+        logits = self.model.logits(hidden[0, -1]).float()                                           # (V,)
+        return torch.log_softmax(logits.index_fill(0, self.banned, -torch.inf), -1)
+
+    @torch.inference_mode()
+    def generate(self, max_new, stop=("</tool_call>",), opening="", first="", deadline=math.inf):
+        """One greedy assistant turn, closed in the context afterwards → its text, `opening` included.
+        `first`: how the model's own first words must begin. Ends at the turn's end, at a `stop` token, after
+        max_new tokens, or at the deadline (time.monotonic)."""
+        self._write("<|im_start|>assistant\n" + opening)
+        ends = {self.tokenizer.token_id(s) for s in ("<|im_end|>", "<|endoftext|>")}
+        stops, ids, chances = {self.tokenizer.token_id(s) for s in stop}, [], []
+        while len(ids) < max_new and not (ids and ids[-1] in stops) and time.monotonic() < deadline:
+            logp = self._flush()
+            token = int(logp.argmax())
+            if first and not ids:
+                some = first_tokens(self.tokenizer, first).to(logp.device)
+                token = int(some[logp[some].argmax()])
+            if token in ends:
+                break
+            ids.append(token)
+            chances.append(logp[token])
+            self._write("", [token])                 # runs with whatever comes next
+        self.turn = ids, [float(p) for p in chances]
+        self._write("<|im_end|>\n")
+        return opening + self.tokenizer.decode(ids)
+
+    @torch.inference_mode()
+    def score(self, choices, opening="", messages=None, room=math.inf):
+        """Log-probability that an assistant turn goes on from `opening` with each choice, told by its first
+        token (so choices must begin differently): in this context, which is restored afterwards, or in a
+        separate one that holds only `messages`."""
+        if messages is not None:
+            return self._beside(messages, 16, room, lambda side: side.score(choices, opening))
+        before = self.tokens, self.position, self.prefilled
+        self._write("<|im_start|>assistant\n" + opening)
+        logp = self._flush()
+        self.side += self.tokens - before[0]
+        self.tokens, self.position, self.prefilled = before
+        self.cache.truncate(self.tokens)
+        return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
+
+    def ask(self, messages, max_new, room=math.inf):
+        """The model's reply in a separate short context."""
+        return self._beside(messages, max_new + 16, room, lambda side: side.generate(max_new, stop=()))
+
+    def _beside(self, messages, extra, room, use):
+        need = len(self.processor.encode(messages).ids) + extra
+        if need > room:
+            raise UserError(f"a separate look needs {need} tokens, {max(0, room)} are left")
+        side = LiveModel(self.model, self.processor, need)
+        for message in messages:
+            side.append(message)
+        result = use(side)
+        self.side += side.tokens + side.side
+        return result
+
+    def likelihood(self, words):
+        """Probability the model gave to `words` where its last turn has them last; 0 if it has not."""
+        (ids, logps), decode = self.turn, self.tokenizer.decode
+        start = decode(ids).rfind(words)
+        ends = [0, *(len(decode(ids[:k + 1])) for k in range(len(ids)))]
+        inside = [p for a, b, p in zip(ends, ends[1:], logps) if b > start and a < start + len(words)]
+        return math.exp(sum(inside)) if start >= 0 and words else 0.0
+
+
+# ----------------------------------------------------------------------------------------- context and memory
+
+class Context(list):
+    """C_i (Eq. 5): an append-only list of (kind, content, token span) over the live cache."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def extend_by(self, kind, content, room=math.inf):
+        """kind: system | user | tool. False, and nothing happens, if it takes more than `room` tokens."""
+        before = self.model.tokens
+        if fits := self.model.append({"role": kind, "content": content}, room):
+            self.append((kind, content, (before, self.model.tokens)))
+        return fits
+
+    def generate(self, max_new, **how):
+        before, text = self.model.tokens, self.model.generate(max_new, **how)
+        self.append(("assistant", text, (before, self.model.tokens)))
+        return text
+
+
+def words(text):
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def bm25(query, texts, k1=1.2, b=0.75):
+    """Score of each text: Σ_w idf(w) · tf·(k1+1) / (tf + k1·(1 − b + b·length/mean length))."""
+    bags = [Counter(words(text)) for text in texts]
+    scores, mean = [0.0] * len(bags), sum(bag.total() for bag in bags) / max(1, len(bags)) or 1
+    for w in sorted(set(words(query))):
+        df = sum(w in bag for bag in bags)
+        idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+        for i, bag in enumerate(bags):
+            scores[i] += idf * bag[w] * (k1 + 1) / (bag[w] + k1 * (1 - b + b * bag.total() / mean))
+    return scores
+
+
+@dataclass
+class Entry:
+    level: str                                       # frame | scene | subtitle | note | belief
+    content: str
+    start: float
+    end: float
+    source: str                                      # coarse, subtitles, or the tool that it came from
+
+
+class Memory(list):
+    """Hierarchical memory (§3.4): each Entry has content and time, so it is found by meaning or by time."""
+
+    def add(self, *fields):
+        self.append(Entry(*fields))
+
+    def find(self, query=None, start=0.0, end=math.inf, source=None, most=8):
+        """Entries that overlap [start, end), in order of time; with a query only what matches, best first."""
+        found = sorted((e for e in self if source in (None, e.source) and e.start < end and e.end > start),
+                       key=lambda e: e.start)
+        if query is not None:
+            scores = bm25(query, [e.content for e in found])
+            found = [found[i] for i in sorted(range(len(found)), key=lambda i: -scores[i]) if scores[i] > 0]
+        return found[:most]
+
+
+def short(x):
+    """Seconds as messages have them: 34.0 → "34", 33.25 → "33.25"."""
+    return f"{round(x, 2):g}"
+
+
+def exact(start, end):
+    return f"{start:.1f} to {end:.1f}"
+
+
+def listed(spans):
+    return ", ".join(f"{short(a)} to {short(b)}" for a, b in spans)
+
+
+def sanitise(text, limit=2000):
+    """Tool text is data: the template's own tokens in it, whoever wrote them there, lose their brackets."""
+    text = re.sub(r"<(\|[^<>|]*\||/?(?:tool_call|tool_response|think))>", r"[\1]", str(text))
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+# ------------------------------------------------------------------------------ subtitles, documents, scenes
+
+@functools.lru_cache(maxsize=256)
+def read_subtitles(video):
+    """[(start, end, text)] of the .srt or .vtt file beside the video. A broken cue is left out."""
+    path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
+    lines, cue, stamp = [], None, r"\s*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)\s*"
+    for line in [*path.read_text("utf-8-sig", errors="replace").splitlines(), ""] if path else []:
+        if timing := re.match(f"{stamp}-->{stamp}", line):
+            h, m, s, h2, m2, s2 = (float((x or "0").replace(",", ".")) for x in timing.groups())
+            cue = h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2, []
+        elif cue and line.strip():
+            cue[2].append(re.sub(r"<[^>]*>", "", line).strip())                         # <i>, <v Speaker>
+        else:
+            if cue and cue[0] < cue[1] and cue[2]:
+                lines.append((cue[0], cue[1], sanitise(" ".join(cue[2]), 300)))
+            cue = None
+    return lines
+
+
+@functools.lru_cache(maxsize=16)
+def read_documents(folder):
+    """[(file name, sentence)] of the .txt files of a folder."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder of documents (--facts)")
+    return [(path.name, " ".join(part.split())) for path in sorted(Path(folder).glob("*.txt"))
+            for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", path.read_text("utf-8", errors="replace"))
+            if part.strip()]
+
+
+def scene_starts(signatures, window, threshold=0.03):
+    """Numbers of the frames that begin a scene. signatures (F,S): the sorted pixel values of each frame, so
+    that the mean difference of two is the area between their cumulative histograms: colours, not motion.
+    Compared are medians of `window` frames before and after: cuts and fades peak, a short flash does not."""
+    F = len(signatures)
+    change = np.array([0.0] + [np.abs(np.median(signatures[max(0, t - window):t], 0)
+                                      - np.median(signatures[t:t + window], 0)).mean() for t in range(1, F)])
+    sharp = np.abs(np.diff(signatures, axis=0, prepend=signatures[:1])).mean(1)      # where, in a flat peak
+    high = change >= max(threshold, 2 * float(np.median(change)))
+    runs = np.split(np.arange(F), np.flatnonzero(np.diff(high.astype(int))) + 1)       # one start in each
+    return [int(run[np.argmax((change + 0.1 * sharp)[run])]) for run in runs if high[run[0]]]
+
+
+def find_scenes(path, start, end, deadline=math.inf, fps=4.0, chunk=30.0):
+    """[(start, end)] of the scenes in a window: decodes `chunk` seconds at a time, keeps only signatures."""
+    signatures, t, quantiles = [], start, np.linspace(0, 1, 64)
+    while t < end and (t == start or time.monotonic() < deadline):
+        for frame in read_video(path, t, min(t + chunk, end), fps).frames:
+            step = [max(1, side // 64) for side in frame.shape]
+            pixels = np.sort(frame[::step[0], ::step[1]].reshape(-1, 3), 0)                       # (pixels,3)
+            signatures.append(pixels[(quantiles * (len(pixels) - 1)).astype(int)].reshape(-1) / 255)
+        t = min(t + chunk, end)
+    cuts = [start, *(start + f / fps for f in scene_starts(np.array(signatures), round(fps))), t]
+    return list(zip(cuts, cuts[1:]))
+
+
+# ------------------------------------------------------------------------------------------ actions and tools
+
+class BadCall(ValueError):
+    """What is wrong with a tool call; the model reads it as "error: …"."""
+
+
+class Spent(Exception):
+    """A budget ran out; the message is its name."""
+
+
+@dataclass
+class Action:
+    name: str                                        # of a tool; "" when the turn could not be understood
+    arguments: dict
+    note: str = ""                                   # what was wrong, or what was corrected
+
+
+@dataclass
+class Feedback:
+    text: str
+    media: list = field(default_factory=list)        # video items shown with the text
+    window: tuple = ()                               # of a view: what V gains
+    final: bool = False                              # the rollout ends here
+
+
+@dataclass
+class Budget:
+    calls: int = 8                                   # assistant turns, malformed calls too
+    frames: int = 48                                 # different frames shown, the coarse pass included
+    tokens: int = 8192                               # of the live context and of all separate contexts
+    seconds: float = 300.0
+    coarse: int = 24                                 # frames of the first look at the whole video
+    turn: int = 160                                  # tokens of the longest assistant turn
+
+    def __post_init__(self):
+        for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1).items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"budget --{name} {getattr(self, name)}: must be at least {least}")
+        if self.coarse > self.frames:
+            raise UserError(f"budget --coarse {self.coarse}: more than --frames {self.frames}")
+
+
+def view(run, start, end, fps=FPS):
+    item = run.window(start, end, fps)
+    fewer = f" {item['max_frames']} frames only." if "max_frames" in item else ""
+    return Feedback(f"{short(start)} to {short(end)} seconds.{fewer}", [item], (start, end))
+
+
+def video_segmentation(run, start=0.0, end=None):
+    scenes = find_scenes(run.video, start, end or run.duration, run.deadline)
+    for k, span in enumerate(scenes, 1):
+        run.memory.add("scene", f"scene {k}", *span, "video_segmentation")
+    return Feedback(f"{len(scenes)} scenes: " + ", ".join(exact(*span) for span in scenes))
+
+
+def asr(run, start, end):
+    lines = run.memory.find(start=start, end=end, source="subtitles", most=40)
+    for e in lines:
+        run.memory.add("note", e.content, e.start, e.end, "asr")
+    return Feedback("\n".join(f"{exact(e.start, e.end)}: {e.content}" for e in lines)
+                    or f"no speech between {short(start)} and {short(end)} seconds")
+
+
+def web_search(run, query):
+    if run.facts is None:
+        raise BadCall("there are no documents to search")
+    sentences, best = read_documents(run.facts), {}  # the best sentence of each document, up to three of them
+    scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
+    for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
+        if score > 0.8 * max(scores) and len(best) < 3:
+            best.setdefault(name, f"[{name}] {text}")
+    found = list(best.values())
+    for text in found:
+        run.memory.add("note", text, 0.0, run.duration, "web_search")
+    return Feedback("\n".join(found) or f"nothing found for {query}")
+
+
+def temporal_grounding(run, query):
+    """The model itself on the coarse video, in a separate context: the same frames, so no new ones."""
+    question = query if query.endswith("?") else f"When is the {re.sub('^(the|an?) ', '', query)} shown?"
+    content = [run.coarse, {"type": "text", "text": sanitise(question)}]
+    reply = run.model.ask([{"role": "user", "content": content}], 32, run.room())
+    span = re.search(r"(\d+(?:\.\d+)?)\s*(?:to|and|-|–)\s*(\d+(?:\.\d+)?)", reply)
+    start, end = (min(float(x), run.duration) for x in span.groups()) if span else (0, 0)
+    if not start < end:
+        return Feedback(f"not found: {query}")
+    run.memory.add("note", query, start, end, "temporal_grounding")
+    return Feedback(f"{exact(start, end)} seconds")
+
+
+def memory_read(run, query=None, start=None, end=None):
+    if query is None and start is None:
+        raise BadCall("memory_read needs a query, or start and end")
+    found = run.memory.find(query, *(() if start is None else (start, end)))
+    return Feedback("\n".join(f"{exact(e.start, e.end)} [{e.level}] {e.content}" for e in found)
+                    or "nothing in memory")
+
+
+def memory_write(run, text, start, end):
+    run.memory.add("note", text, start, end, "memory_write")
+    return Feedback("noted")
+
+
+def summarize(run):
+    """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
+    candidates = listed((e.start, e.end) for e in run.memory if e.source == "temporal_grounding")
+    text = (f"hypothesis: {run.thought or 'none'}; seen: {listed(run.V[1:]) or 'only the coarse frames'}; "
+            f"candidates: {candidates or 'none'}; open: {run.verdict[1]}")
+    run.memory.add("belief", text, 0.0, run.duration, "summarize")
+    return Feedback(text)
+
+
+def verify(run, claim, evidence):
+    return Feedback(": ".join(run.second_look(claim, evidence)))
+
+
+def answer(run, text, evidence):
+    """Ends the rollout, unless its verification contradicts: that reopens it once, while a call is left."""
+    run.conclude(text, evidence)
+    if run.verifying and evidence:
+        run.verdict = run.check_answer(text, evidence)
+    again = run.verdict[0] == "contradict" and not run.reopened and run.calls < run.budget.calls
+    run.reopened |= again
+    return Feedback(": ".join(run.verdict) + (". Look again." if again else ""), final=not again)
+
+
+@dataclass(frozen=True)
+class Tool:
+    kind: str                                        # class of action (§3.1)
+    run: Callable
+    fields: dict                                     # name → number | text | spans; "?": optional
+    about: str
+
+
+WINDOW, MAYBE = {"start": "number", "end": "number"}, {"start": "number?", "end": "number?"}
+TOOLS = {tool.run.__name__: tool for tool in (
+    Tool("perceptive", view, {**WINDOW, "fps": "number?"}, "look at a window closely"),
+    Tool("tool", video_segmentation, MAYBE, "find the scenes"),
+    Tool("tool", asr, WINDOW, "what is said in a window"),
+    Tool("tool", web_search, {"query": "text"}, "search the documents"),
+    Tool("tool", temporal_grounding, {"query": "text"}, "find when something is shown"),
+    Tool("memory", memory_read, {"query": "text?", **MAYBE}, "recall by meaning or by time"),
+    Tool("memory", memory_write, {"text": "text", **WINDOW}, "note something about a window"),
+    Tool("memory", summarize, {}, "hypothesis, evidence, and what is open"),
+    Tool("verification", verify, {"claim": "text", "evidence": "spans"}, "look again: is the claim true?"),
+    Tool("termination", answer, {"text": "text", "evidence": "spans"}, "end; cite the windows that show it"))}
+
+
+def tools_prompt():
+    """The tools in the model family's own format, for a model not trained on this agent's rollouts."""
+    spans = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
+    types = {"number": {"type": "number"}, "text": {"type": "string"}, "spans": spans}
+    lines = [json.dumps({"type": "function", "function": {
+        "name": name, "description": t.about, "parameters": {"type": "object",
+        "properties": {f: types[kind.rstrip("?")] for f, kind in t.fields.items()},
+        "required": [f for f, kind in t.fields.items() if "?" not in kind]}}}) for name, t in TOOLS.items()]
+    return ("\n\n# Tools\n\nTimes are seconds of the video.\n<tools>\n" + "\n".join(lines) + "\n</tools>\n\n"
+            "Think in <think></think>, then make one call:\n"
+            '<tool_call>\n{"name": <name>, "arguments": <arguments>}\n</tool_call>')
+
+
+def check_window(start, end, duration):
+    """→ the window inside the video, and a note if it had to be clipped."""
+    if any(type(x) not in (int, float) or not abs(x) <= 1e9 for x in (start, end)):
+        raise BadCall("start and end must be finite numbers")
+    if not start < end:
+        raise BadCall("start must be before end")
+    if start >= duration or end <= 0:
+        raise BadCall(f"the video ends at {short(duration)} seconds")
+    inside = (max(0.0, float(start)), min(float(end), duration))
+    note = "" if inside == (start, end) else f" (clipped: the video ends at {short(duration)} seconds)"
+    return inside, note
+
+
+def check_call(call, duration):
+    """A call, against the schema → Action; BadCall says what is wrong."""
+    if type(call) is not dict or set(call) != {"name", "arguments"} or type(call["arguments"]) is not dict:
+        raise BadCall('a call is {"name": …, "arguments": {…}}')
+    name, arguments, note = call["name"], dict(call["arguments"]), ""
+    if not isinstance(name, str) or name not in TOOLS:
+        raise BadCall(f"no tool {str(name)[:40]!r}: use one of {', '.join(TOOLS)}")
+    fields = TOOLS[name].fields
+    for f in [*arguments, *fields]:
+        if f not in fields or (f not in arguments and "?" not in fields[f]):
+            raise BadCall(f"{name} {'needs' if f in fields else 'has no'} {f[:40]!r}")
+    for f, value in arguments.items():
+        if fields[f].startswith("text") and not (isinstance(value, str) and 0 < len(value.strip()) <= 300):
+            raise BadCall(f"{f} must be a text of 1 to 300 characters")
+        if fields[f] == "spans":
+            pairs = isinstance(value, list) and all(isinstance(s, list) and len(s) == 2 for s in value)
+            if not pairs or not 0 < len(value) <= 8:
+                raise BadCall(f"{f} must be a list of 1 to 8 windows [start, end]")
+            checked = [check_window(*span, duration) for span in value]
+            arguments[f], note = [span for span, _ in checked], max(n for _, n in checked)
+    if ("start" in arguments) != ("end" in arguments):
+        raise BadCall(f"{name} needs both start and end")
+    if "start" in arguments:
+        span, note = check_window(arguments["start"], arguments["end"], duration)
+        arguments.update(zip(("start", "end"), span))
+    if "fps" in arguments and not (type(arguments["fps"]) in (int, float) and 0 < arguments["fps"] <= 30):
+        raise BadCall("fps must be a number above 0 and at most 30")
+    return Action(name, arguments, note)
+
+
+def option_of(text, options):
+    """Index of the option that a text names: "maple (B)", "B", "B. maple" or "maple"; None if none."""
+    text = text.strip().rstrip(".")
+    letter = re.search(r"\(([A-Z])\)$", text) or re.match(r"\(?([A-Z])(?:[.):]|$)", text)
+    if letter and ord(letter[1]) - 65 < len(options):
+        return ord(letter[1]) - 65
+    return next((i for i, option in enumerate(options) if option.lower() == text.lower()), None)
+
+
+def claim_of(question, answer, thought):
+    """The statement that a second look checks. The toy's questions about one moment have their own wording,
+    with the object that the agent says it saw; any other question is quoted."""
+    toy = re.fullmatch(r"(What colour|Which shape|Which way|What) (?:is|does) .*at (\d+) seconds\?", question)
+    if not toy:
+        return f"{question} {answer}"
+    saw = re.match(r"(\w+) (\w+) moving ", thought)
+    colour, shape = saw.groups() if saw else ("", "shape")
+    thing = {"What colour": f"{answer} {shape}", "Which shape": f"{colour} {answer}",
+             "Which way": f"{colour} {shape} moving {answer}"}.get(toy[1], answer)
+    return f"at {toy[2]} seconds there is a {thing.strip()}."
+
+
+# ------------------------------------------------------------------------------------------------ the rollout
+
+@dataclass
+class Result:
+    answer: str
+    evidence: list                                   # [(start, end)] seconds
+    confidence: float                                # probability that the model gave to the answer's text
+    verdict: str                                     # support | contradict | unclear
+    steps: int                                       # assistant turns, the forced one not counted
+    frames: int                                      # different frames shown
+    tokens: int                                      # of the live context and of all separate contexts
+    prefilled: int                                   # tokens prefilled into the live context, each once
+    budget_exhausted: str                            # "", or which of calls, frames, tokens, seconds ran out
+    route: dict                                      # question type → probability
+    trace: list                                      # the records that a trace file holds
+
+
+class Rollout:
+    """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
+
+    def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
+                 system=SYSTEM, trace=lambda record: None):
+        if route is not None and route not in ROUTES:
+            raise UserError(f"route {route!r}: use one of {', '.join(ROUTES)}")
+        self.model, self.video, self.facts = model, str(Path(video).resolve()), facts and str(facts)
+        if facts:
+            read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
+        self.options = [sanitise(option) for option in options or []]
+        self.question = sanitise(question.split("\nA. ")[0] if options else question)
+        self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
+        self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
+        self.memory, self.C, self.V, self.seen = Memory(), Context(model), [(0.0, self.duration)], set()
+        self.answer, self.evidence, self.confidence = "not found", [], 0.0
+        self.verdict, self.reopened = ("unclear", "not verified"), False
+        self.calls, self.records, self.thought = 0, [], ""
+        self.last = self.source = ""                 # last tool; last one that gave evidence
+        self.begin(system)
+
+    def begin(self, system):
+        """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts."""
+        frames = self.budget.coarse // 2 * 2
+        self.coarse = {"type": "video", "video": self.video, "max_frames": frames, "pairs": True}
+        for t in self.show(sample_times(0.0, self.duration, FPS, frames, pairs=True)):
+            self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
+        for a, b, text in read_subtitles(self.video):
+            self.memory.add("subtitle", text, a, b, "subtitles")
+        text = self.question + "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
+        for kind, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
+            if not self.C.extend_by(kind, content, self.room()):
+                raise UserError(f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+
+    def room(self):
+        """Tokens that may still be used; those of the forced answer are kept back."""
+        used = self.model.tokens + self.model.side
+        return min(self.budget.tokens - used, self.model.capacity - self.model.tokens) - RESERVE
+
+    def show(self, times):
+        times = [round(float(t), 3) for t in times]
+        self.seen.update(times)
+        return times
+
+    def window(self, start, end, fps=FPS):
+        """The item that shows [start, end), clipped to the frames that are left."""
+        item = {"type": "video", "video": self.video, "start": start, "end": end, "fps": fps}
+        times, left = sample_times(start, end, fps), self.budget.frames - len(self.seen)
+        if len({round(float(t), 3) for t in times} - self.seen) > left:
+            if left < 2:
+                raise Spent("frames")
+            item.update(max_frames=left // 2 * 2, pairs=True)
+            times = sample_times(start, end, fps, item["max_frames"], pairs=True)
+        self.show(times)
+        return item
+
+    def spent(self):
+        """The budget that has run out, or ""."""
+        return ("calls" if self.calls >= self.budget.calls else "tokens" if self.room() < 1
+                else "seconds" if time.monotonic() >= self.deadline else "")
+
+    def route(self):
+        """Question routing (§3.4): how likely each question type is as the model's own first word. A soft
+        prior: the likeliest, or the given one, opens the first thought and forbids nothing."""
+        if self.given_route:
+            return {self.given_route: 1.0}
+        scores = torch.tensor(self.model.score(ROUTES, opening="<think>"))
+        return dict(zip(ROUTES, torch.softmax(scores, 0).tolist()))
+
+    def reason(self, **how):
+        """Eq. 1: R_i ~ f_θ(Q | V_i, A_i, F_i, C_i), the model's next turn in the live context."""
+        R = self.C.generate(min(self.budget.turn, self.room()), deadline=self.deadline, **how)
+        self.calls += 1
+        self.thought = re.sub(r"</?think>", "", R.split("<tool_call>")[0]).strip()
+        if self.last == "view":                      # what a window showed is noted as it is put into words
+            self.memory.add("note", sanitise(self.thought, 300), *self.V[-1], "view")
+        return R
+
+    def act(self, R):
+        """Eq. 2: A_{i+1} ~ ρ(A_i | R_i, F_i, Q), the call in R_i. Without one, R_i may answer Q itself."""
+        call = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", R, re.S)
+        try:
+            A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
+            if call:
+                A = check_call(json.loads(call[1]), self.duration)
+            elif not 0 < len(A.arguments["text"]) <= 300:
+                raise BadCall("no <tool_call> in this turn")
+            if A.name == "answer" and self.options and option_of(A.arguments["text"], self.options) is None:
+                raise BadCall(f"answer with one of the options, like {self.options[0]} (A)")
+            return A
+        except (ValueError, RecursionError) as e:    # not JSON, or BadCall
+            return Action("", {}, f"error: {'' if isinstance(e, BadCall) else 'the call is not JSON: '}{e}")
+
+    def feedback(self, A):
+        """Eq. 3: F_{i+1} ~ π(A_{i+1} | R_i, Q), what a tool or the environment answers."""
+        self.last = ""
+        if not A.name:
+            return Feedback(sanitise(A.note, 400))
+        try:
+            F = TOOLS[A.name].run(self, **A.arguments)
+        except Spent:
+            raise
+        except Exception as e:                       # a tool that fails is feedback: the rollout goes on
+            return Feedback(f"error: {sanitise(e, 400)}")
+        F.text, self.last = sanitise(F.text) + A.note, A.name
+        self.source = A.name if A.name in ("view", "asr", "web_search") else self.source
+        return F
+
+    def extend(self, F):
+        """Eq. 5: C_{i+1} = C_i ⊕ (R_i, A_{i+1}, F_{i+1}). R and A are there: the model wrote them. → F."""
+        try:
+            content = [*F.media, {"type": "text", "text": F.text}] if F.media else F.text
+            if not F.final and not self.C.extend_by("tool", content, self.room()):
+                raise Spent("tokens")
+            return F
+        except UserError as e:                       # the window cannot be decoded
+            return self.extend(Feedback(f"error: {sanitise(e, 400)}"))
+
+    def look(self, F):
+        """Eq. 4: V_{i+1} ~ δ(V_i | C_{i+1}): a perceptive action adds an evidence window, others keep V_i."""
+        return [*self.V, F.window] if F.window else self.V
+
+    def run(self):
+        began, exhausted, prior, F = time.monotonic(), self.spent(), {}, Feedback("")
+        if not exhausted:
+            prior = self.route()
+            how = {"opening": "<think>", "first": max(prior, key=prior.get)}
+        self.record("start", began, video=self.video, duration=self.duration, question=self.question,
+                    options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen))
+        while not exhausted and not F.final:
+            began, frames = time.monotonic(), len(self.seen)
+            R = self.reason(**how)                                                                   # Eq. 1
+            A = self.act(R)                                                                          # Eq. 2
+            try:
+                F = self.feedback(A)                                                                 # Eq. 3
+                F = self.extend(F)                                                                   # Eq. 5
+                self.V = self.look(F)                                                                # Eq. 4
+                exhausted = "" if F.final else self.spent()
+            except Spent as e:
+                F, exhausted = Feedback(f"error: no {e} left"), str(e)
+            self.step(A, F, began, len(self.seen) - frames)
+            how = {}
+        if exhausted:
+            self.force()
+        result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls,
+                        len(self.seen), self.model.tokens + self.model.side, self.model.prefilled, exhausted,
+                        prior, self.records)
+        self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
+        return result
+
+    def conclude(self, text, evidence):
+        self.answer, self.evidence, self.verdict = text, evidence, ("unclear", "not verified")
+        self.confidence = self.model.likelihood(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def force(self):
+        """A budget is spent: "Answer now.", once. If it answers nothing, the answer stays as it was."""
+        began, self.thought = time.monotonic(), "Answer now."
+        self.C.extend_by("user", self.thought)
+        R = self.C.generate(64, opening=FORCED)
+        A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
+        if A.name != "answer" and text:              # damaged after its text: the text still answers
+            A = self.act(text[1])
+        if A.name == "answer":
+            self.conclude(**A.arguments)
+        self.step(A, Feedback(A.note or self.answer), began, 0)
+
+    def check_answer(self, text, evidence):
+        """(verdict, reason): is the answer supported by what it cites (§3.4)? What was read is looked up in
+        the cited text, where another option contradicts; what was seen is seen again."""
+        index = option_of(text, self.options)
+        answer = re.sub(r"\s*\([A-Z]\)$", "", text) if index is None else self.options[index]
+        if self.source not in ("asr", "web_search"):
+            return self.second_look(claim_of(self.question, answer, self.thought), evidence)
+        cited = [f" {' '.join(words(e.content))} " for a, b in evidence
+                 for e in self.memory.find(start=a, end=b, source=self.source, most=99)]
+        said = [o for o in (answer, *self.options) if any(f" {' '.join(words(o))} " in c for c in cited)]
+        verdict = "unclear" if not said else "support" if said[0] == answer else "contradict"
+        return verdict, f"{self.source}: {said[0] if said else 'nothing of it'} at {listed(evidence)} seconds"
+
+    def second_look(self, claim, evidence):
+        """(verdict, reason): the model judges a claim from the cited spans alone, in a separate context."""
+        text = f"Claim: {sanitise(claim, 400)}\nAnswer support, contradict or unclear."
+        try:
+            content = [*(self.window(a, b) for a, b in evidence), {"type": "text", "text": text}]
+            message = {"role": "user", "content": content}
+            scores = self.model.score(VERDICTS, messages=[message], room=self.room())
+        except (Spent, UserError) as e:
+            return "unclear", f"no second look at {listed(evidence)} seconds ({e})"
+        p, best = torch.softmax(torch.tensor(scores), 0).max(0)
+        return VERDICTS[best], f"second look at {listed(evidence)} seconds ({p:.2f})"
+
+    def step(self, A, F, began, frames):
+        self.record("step", began, step=self.calls, reason=self.thought, action=A.name or "malformed",
+                    kind=TOOLS[A.name].kind if A.name else "malformed", arguments=A.arguments, frames=frames,
+                    feedback=F.text, tokens=self.model.tokens + self.model.side)
+
+    def record(self, record, began=None, **values):
+        ms = {} if began is None else {"ms": round(1000 * (time.monotonic() - began), 1)}
+        self.records.append({"record": record, **values, **ms})
+        self.trace(self.records[-1])
+
+
+def run_agent(model, video, question, options=None, **settings):
+    """One rollout → Result. settings: budget, facts, route, verify, system, trace (see Rollout)."""
+    return Rollout(model, video, question, options, **settings).run()
+
+
+# --------------------------------------------------------------------------------------- trace, page, command
+
+def describe(r):
+    """The text of a trace record: printed live, and again in a replay."""
+    if r["record"] == "start":
+        options = "".join(f"\n  {chr(65 + i)}. {option}" for i, option in enumerate(r["options"]))
+        route = ", ".join(f"{k} {p:.2f}" for k, p in sorted(r["route"].items(), key=lambda item: -item[1]))
+        video = f"video {r['duration']:.1f} s, {r['frames']} coarse frames"
+        return f"{r['question']}{options}\n{video}\nroute: {route}"
+    if r["record"] == "step":
+        call = " ".join([r["action"], *(f"{k}={json.dumps(v)}" for k, v in r["arguments"].items())])
+        cost = f"{r['frames']} frames, {r['tokens']} tokens so far, {r['ms']:.0f} ms"
+        return f"[{r['step']}] {r['reason']}\n{call}\n→ {r['feedback']}\n{cost}".replace("\n", "\n    ")
+    lost = f" (budget exhausted: {r['budget_exhausted']})" if r["budget_exhausted"] else ""
+    return (f"answer: {r['answer']}{lost}\nevidence: {listed(r['evidence']) or 'none'} seconds\n"
+            f"verdict: {r['verdict']}, confidence {r['confidence']:.2f}\ncost: {r['steps']} calls, "
+            f"{r['frames']} frames, {r['tokens']} tokens, {r['prefilled']} of them prefilled")
+
+
+def read_trace(path):
+    try:
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not a trace of this agent ({e})") from e
+
+
+def png(frame, side=256):
+    """(H,W,3) uint8 → PNG bytes; every n-th pixel when it is larger than `side`."""
+    frame = frame[::max(1, frame.shape[0] // side), ::max(1, frame.shape[1] // side)]
+    size = struct.pack(">IIBBBBB", frame.shape[1], frame.shape[0], 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in frame))              # filter 0 in each row
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", size), (b"IDAT", rows), (b"IEND", b"")))
+
+
+def page(records):
+    """One self-contained HTML page: the rollout and, at its end, up to eight frames of each evidence span."""
+    style = ("body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;border-left:"
+             "4px solid #bbb;padding:.3em 1em}.perceptive{border-color:#27c}.malformed{border-color:#c33}"
+             ".termination{border-color:#292}img{height:128px;image-rendering:pixelated;margin:2px}")
+    parts = [f"<pre class={r.get('kind', r['record'])}>{html.escape(describe(r))}</pre>" for r in records]
+    for a, b in records[-1].get("evidence", []):
+        video = read_video(records[0]["video"], a, b, FPS, 8)
+        parts.append(f"<h3>{listed([(a, b)])} seconds</h3>")
+        for frame, t in zip(video.frames, video.times):
+            data = base64.b64encode(png(frame)).decode()
+            parts.append(f'<img title="{t:.1f} s" src="data:image/png;base64,{data}">')
+    return f"<!doctype html><meta charset=utf-8><title>MCR</title><style>{style}</style>" + "\n".join(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Answer a question about a video, with evidence.")
+    parser.add_argument("video", nargs="?")
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--options", nargs="+", metavar="TEXT", help="options of a multiple-choice question")
+    parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
+    parser.add_argument("--facts", metavar="DIR", help="folder of .txt documents for web_search")
+    parser.add_argument("--route", choices=ROUTES, help="question type, instead of the model's choice")
+    parser.add_argument("--no-verify", action="store_true", help="answer without a second look")
+    parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
+    group = parser.add_argument_group("budget, all hard")
+    abouts = ("assistant turns", "different frames shown", "tokens of all contexts", "wall clock",
+              "frames of the first look", "tokens of the longest turn")
+    for (name, value), about in zip(asdict(Budget()).items(), abouts, strict=True):
+        group.add_argument(f"--{name}", type=type(value), default=value, help=f"{about} (default {value:g})")
+    group = parser.add_argument_group("output")
+    group.add_argument("--trace", metavar="F", help="write one JSON line per step")
+    group.add_argument("--html", metavar="F", help="write one self-contained page with the evidence frames")
+    group.add_argument("--replay", metavar="F", help="print a trace again; needs no model")
+    args = parser.parse_args()
+    for path in (args.trace, args.html):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path}: no such folder to write it to")
+    if args.replay:
+        records, text = read_trace(args.replay)
+        print(text)
+    elif args.question is None:
+        raise UserError("give VIDEO and \"question\", or --replay TRACE")
+    else:
+        budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model, processor = load_model(find_model(args.model), device, dtype)
+        if args.trace:
+            Path(args.trace).write_text("")
+
+        def trace(record):
+            print(describe(record), flush=True)
+            if args.trace:
+                with open(args.trace, "a") as file:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        live, system = LiveModel(model, processor, budget.tokens), SYSTEM + tools_prompt() * args.tools_prompt
+        records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
+                            route=args.route, verify=not args.no_verify, system=system, trace=trace).trace
+    if args.html:
+        Path(args.html).write_text(page(records))
+
+
+if __name__ == "__main__":
+    run_cli(main)

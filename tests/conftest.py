@@ -1,0 +1,8 @@
+"""Settings that must hold before torch and triton are imported."""
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")       # run the kernel in Triton's interpreter
+torch.set_num_threads(2)

@@ -1,0 +1,402 @@
+"""Scores, intervals, baselines, missing videos, tables and the command of eval.py."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import iv3
+import mcr_agent
+from m2la import UserError
+
+QUESTION = "What colour is the shape at 1 seconds?"
+OPTIONS = ["red", "blue", "green", "red star"]
+ROOT = Path(evaluation.__file__).parent
+
+
+def mcq(answer, kind="colour", options=OPTIONS, clip="a.mp4", **more):
+    user = [{"type": "video", "video": clip}, {"type": "text", "text": QUESTION + "\nA. red"}]
+    return {"id": f"{clip}-{kind}", "task": "mcq", "kind": kind, "options": options, "answer": answer,
+            "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": f"x ({answer})"}], **more}
+
+
+def grounding(start, end, clip="a.mp4", duration=20.0, **more):
+    user = [{"type": "video", "video": clip}, {"type": "text", "text": "When is the red star shown?"}]
+    return {"id": f"{clip}-{start}", "task": "grounding", "kind": "when", "answer": [start, end], "duration": duration,
+            "messages": [{"role": "user", "content": user},
+                         {"role": "assistant", "content": f"From {start} to {end} seconds."}], **more}
+
+
+# ---- parsing ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, letter", [
+    ("blue (B)", "B"), ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("(B) blue", "B"),
+    ("B. blue", "B"), ("B) blue", "B"),
+    ("the answer is B", "B"), ("Answer: (D)", "D"), ("The answer is B because A dog barks.", "B"),
+    ("The answer is A. No, the answer is C", "C"), ("Not (A) or (B): the answer is (C)", "C"),
+    ("<think>it may be red (A)</think>\nblue (B)", "B"), ("It is blue.", "B"), ("The shape is  BLUE", "B"),
+    ("a red star", "D"),                          # "red" inside "red star" is no second choice
+    ("red (B)", "B"),                             # house format: the letter counts
+    ("(B) red", None), ("B. red", None), ("the answer is B, red", None),      # elsewhere they must agree
+    ("red or blue", None), ("red (A) blue (B)", None), ("(A) red (B)", None), ("blueish", None),
+    ("E", None), ("blue (E)", "B"), ("I do not know", None), ("", None), (None, None), ("<think>B</think>", None),
+])
+def test_parse_letter(text, letter):
+    assert evaluation.parse_letter(text, OPTIONS) == letter
+
+
+def test_parse_letter_with_equal_options_needs_the_letter():
+    assert evaluation.parse_letter("3 (C)", ["3", "1", "3"]) == "C"
+    assert evaluation.parse_letter("3", ["1", "13", "3"]) == "C"
+
+
+@pytest.mark.parametrize("text, span", [
+    ("From 12.5 to 15.0 seconds.", (12.5, 15.0)), ("12.5 - 15", (12.5, 15.0)), ("12s–15s", (12, 15)),
+    ("From 15.0 to 12.5 seconds.", (12.5, 15.0)), ("1:05 to 1:10.5", (65, 70.5)), ("1:02:03 to 1:02:04", (3723, 3724)),
+    ("between 3 and 7 seconds", (3, 7)), ("[3.0, 7]", (3, 7)), ("scene 4: 5 to 6 s, again 8 to 9 s", (5, 6)),
+    ("<think>1 to 2</think> From 3.0 to 4.0 seconds.", (3, 4)), ("at 12.5 seconds", None), ("1, 2 and 3", None),
+    ("99999999999 to 5", None), ("never", None), ("", None), (None, None),
+])
+def test_parse_span(text, span):
+    assert evaluation.parse_span(text) == span
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("a, b, value", [
+    ((0, 10), (0, 10), 1), ((0, 10), (5, 15), 1 / 3), ((0, 10), (2, 4), 0.2), ((0, 5), (5, 10), 0), ((0, 1), (8, 9), 0),
+    ((3, 3), (0, 10), 0), ((3, 3), (3, 3), 0)])
+def test_iou_by_hand(a, b, value):
+    assert evaluation.iou(a, b) == pytest.approx(value) and evaluation.iou(b, a) == pytest.approx(value)
+
+
+def test_grounding_reward_cuts_both_spans_to_the_video():
+    row = grounding(15.0, 25.0, duration=20.0)                # annotated past the end
+    assert evaluation.grounding_reward("From 15.0 to 40.0 seconds.", row) == pytest.approx(1)
+    longer = grounding(15.0, 25.0, duration=60.0)
+    assert evaluation.grounding_reward("From 15.0 to 40.0 seconds.", longer) == pytest.approx(0.4)
+    assert evaluation.grounding_reward("From 30.0 to 40.0 seconds.", row) == 0
+    assert evaluation.grounding_reward("no idea", row) == 0
+
+
+def test_rewards_follow_the_task_and_the_format_is_its_own_score():
+    assert evaluation.reward("blue (B)", mcq("B")) == 1 and evaluation.reward("blue (B)", mcq("A")) == 0
+    assert evaluation.reward("From 0.0 to 5.0 seconds.", grounding(0.0, 10.0)) == pytest.approx(0.5)
+    assert [evaluation.format_reward(t, mcq("B")) for t in ("blue (B)", "red (A)", "red (B)", "B")] == [1, 1, 0, 0]
+    spans = ("From 1.0 to 2.0 seconds.", "From 2.0 to 1.0 seconds.", "1.0 to 2.0", "From 1.0 to 2.0 seconds. Or not.")
+    assert [evaluation.format_reward(t, grounding(1.0, 2.0)) for t in spans] == [1, 0, 0, 0]
+
+
+def test_recall_counts_equality():
+    rows = [grounding(0.0, 1.0)] * 3
+    texts = ["From 0.0 to 0.3 seconds.", "From 0.1 to 0.4 seconds.", "From 0.0 to 0.7 seconds."]    # IoU .3, .3, .7
+    score = evaluation.score_grounding(texts, rows)
+    assert score["r1_30"] == 1 and score["r1_50"] == pytest.approx(1 / 3) and score["r1_70"] == pytest.approx(1 / 3)
+    assert evaluation.recall([0.5, 0.4999], 0.5).tolist() == [1, 0]
+
+
+def test_group_scores_keep_missing_and_unparsed_in_the_denominator():
+    rows = [mcq("A"), mcq("B"), mcq("C", kind="shape"), mcq("A")]
+    score = evaluation.score_mcq(["red (A)", None, "hm", "blue (B)"], rows)
+    assert (score["acc"], score["acc_n"], score["missing"], score["unparsed"]) == (0.25, 4, 1, 1)
+    assert score["kinds"] == {"colour": {"value": pytest.approx(1 / 3), "n": 3}, "shape": {"value": 0.0, "n": 1}}
+    assert score["macro"] == pytest.approx(1 / 6)                                # mean of the kinds, not of the rows
+    assert score["letters"] == {"A": 1, "B": 1}
+    score = evaluation.score_grounding(["From 2.0 to 6.0 seconds.", None, "hm"], [grounding(2.0, 4.0)] * 3)
+    assert score["miou"] == pytest.approx(1 / 6) and (score["missing"], score["unparsed"]) == (1, 1)
+    assert (score["width"], score["width_n"], score["true_width"]) == (4.0, 1, 2.0)
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------
+
+def test_wilson_by_hand():
+    assert evaluation.interval([1] * 8 + [0] * 2) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    low, high = evaluation.interval([1] * 10)
+    assert low == pytest.approx(0.7225, abs=1e-4) and high == 1
+
+
+def test_cluster_bootstrap_is_wider_when_questions_of_a_clip_fail_together():
+    values, clips = np.repeat([1, 0, 1, 1, 0, 1, 0, 1, 1, 0], 10), np.repeat(np.arange(10), 10)
+    free, clustered = evaluation.interval(values), evaluation.interval(values, clips)
+    assert clustered[1] - clustered[0] > 2 * (free[1] - free[0])
+    assert evaluation.interval(values, clips) == clustered                                   # seeded
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        chance = rng.beta(4, 2, size=40)                                                     # 40 clips, mean 2/3
+        values = (rng.random((40, 5)) < chance[:, None]).astype(float).ravel()
+        low, high = evaluation.interval(values, np.repeat(np.arange(40), 5), draws=500)
+        hits += low <= 2 / 3 <= high
+    assert 178 <= hits <= 199
+
+
+def test_interval_of_a_ratio_weighs_tokens_and_a_perfect_score_keeps_a_width():
+    low, high = evaluation.interval(np.array([[10, 10], [90, 30]]), ["a", "b"])
+    assert low == pytest.approx(1) and high == pytest.approx(3)
+    low, high = evaluation.interval([1] * 6, ["a", "a", "b", "b", "c", "c"])
+    assert low == pytest.approx(evaluation.wilson(3, 3)[0]) and high == 1                    # three clips, not six rows
+    assert evaluation.interval([]) is None
+
+
+# ---- baselines ----------------------------------------------------------------------------------------------------
+
+def test_mcq_baselines_by_hand():
+    train = [mcq("B")] * 3 + [mcq("A")]
+    result = evaluation.baselines([mcq("B"), mcq("B"), mcq("A"), mcq("D", kind="other")], train)
+    assert result["mcq_all"]["chance"] == 0.25
+    assert result["mcq_all"]["prior letter"] == 0.5
+    # blue was right most often for the kind colour; the kind 'other' was never seen: all four options tie
+    assert result["mcq_all"]["prior word"] == pytest.approx((1 + 1 + 0 + 0.25) / 4)
+    assert result["mcq_name"] == "prior word" and result["mcq"] == pytest.approx(0.5625) and result["mcq_n"] == 4
+    assert result["mcq_kinds"]["other"]["value"] == 0.25 and "miou" not in result
+
+
+def test_grounding_baselines_are_fitted_on_train_only():
+    train = [grounding(5.0, 10.0, duration=20.0), grounding(10.0, 20.0, duration=40.0)]     # always 1/4 to 1/2
+    test = [grounding(2.5, 5.0, duration=10.0), grounding(4.0, 6.0, duration=10.0)]
+    result = evaluation.baselines(test, train)
+    assert result["miou_all"]["whole clip"] == pytest.approx((0.25 + 0.2) / 2)
+    assert result["miou_all"]["constant span"] == pytest.approx((1 + 1 / 3.5) / 2)
+    assert result["miou_name"] == "constant span" and result["r1_50"] == 0.5
+    late = [grounding(2.5, 5.0, duration=10.0), *[grounding(6.0, 10.0, duration=10.0)] * 2]  # test differs from train
+    assert evaluation.baselines(late, train)["miou_all"]["constant span"] == pytest.approx(1 / 3)
+    assert set(evaluation.baselines(test, [])["miou_all"]) == {"whole clip"}                 # nothing to fit
+
+
+def test_blind_is_one_more_baseline_and_looks_at_another_clip():
+    rows = [mcq("B", clip="a.mp4"), mcq("A", clip="b.mp4"), grounding(1.0, 2.0, clip="c.mp4")]
+    swapped = evaluation.blind_rows(rows)
+    assert [evaluation.clip_of(r) for r in swapped] == ["b.mp4", "c.mp4", "a.mp4"]
+    assert evaluation.clip_of(rows[0]) == "a.mp4"
+    result = evaluation.baselines(rows, [], blind=["blue (B)", "red (A)", "From 1.0 to 2.0 seconds."])
+    assert (result["mcq_name"], result["mcq"], result["miou_name"], result["miou"]) == ("blind", 1, "blind", 1)
+    with pytest.raises(UserError, match="two videos"):
+        evaluation.blind_rows(rows[:1])
+
+
+# ---- running a model ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two small videos, a truncated one, rows about them, and a random tiny model."""
+    root = tmp_path_factory.mktemp("world")
+    for name in ("a.mp4", "b.mp4"):
+        with av.open(str(root / name), "w") as container:
+            stream = container.add_stream("mpeg4", rate=4)
+            stream.width = stream.height = 32
+            for i in range(24):
+                image = np.full((32, 32, 3), 10 * i + (name == "b.mp4"), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    (root / "broken.mp4").write_bytes((root / "a.mp4").read_bytes()[:100])
+    torch.manual_seed(0)
+    tokenizer = iv3.Tokenizer([" (A)", "red", "blue", " seconds", "What colour is the shape at "])
+    model = iv3.build_model(iv3.Config.preset("tiny", layers=2, deepstack=()), tokenizer).eval()
+    model.init_weights()
+    iv3.save_model(root / "model", model, tokenizer)
+    return SimpleNamespace(root=root, model=model, processor=iv3.Processor(tokenizer, model.cfg))
+
+
+def agent_test(clip, kind, **more):
+    row = mcq("B", kind=kind, clip=clip, frames=8, evidence=[[1, 2]], **more)
+    return {**row, "task": "mcr", "id": f"{clip}-{kind}"}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_answers_come_back_in_row_order_and_broken_videos_are_none(world, capsys):
+    rows = [*(mcq("A", clip=clip) for clip in ("b.mp4", "broken.mp4", "gone.mp4")), grounding(1.0, 2.0, clip="a.mp4")]
+    stats = {}
+    texts = evaluation.answer_rows(world.model, world.processor, rows, world.root, batch_size=3, max_new=6, stats=stats)
+    alone = [evaluation.answer_rows(world.model, world.processor, [row], world.root, max_new=6)[0] for row in rows]
+    assert texts == alone and texts[1:3] == [None, None] and None not in (texts[0], texts[3])
+    assert "2 of 4 rows cannot be read" in capsys.readouterr().out
+    assert stats["frames_per_sample"] == 12 and stats["tokens_per_sample"] > 12             # 6 s at 2 fps
+    score = evaluation.score_mcq(texts[:3], rows[:3])
+    assert score["acc_n"] == 3 and score["missing"] == 2
+
+
+def test_texts_return_to_their_rows_after_sorting_by_length(world, monkeypatch):
+    rows = [mcq("A", clip="a.mp4", duration=duration) for duration in (6, 2, 4, 3, 5)]
+    for n, row in enumerate(rows):
+        row["messages"][0]["content"][1]["text"] = f"row {n}"
+
+    def echo(model, samples, stop, max_new, temperature, generator):
+        return [iv3.Generation(ids=sample.ids[-60:].tolist()) for sample in samples]
+
+    monkeypatch.setattr(iv3, "generate", echo)
+    texts = evaluation.answer_rows(world.model, world.processor, rows, world.root, batch_size=2)
+    assert [f"row {n}" in text for n, text in enumerate(texts)] == [True] * 5
+
+
+def test_held_out_loss_is_the_mean_over_answer_tokens_only(world):
+    rows = [mcq("A", clip="a.mp4"), grounding(1.0, 2.0, clip="b.mp4"), mcq("A", clip="gone.mp4")]
+    loss, table = evaluation.held_out_loss(world.model, world.processor, rows, world.root, batch_size=2)
+    total, count = 0.0, 0
+    for row in rows[:2]:
+        sample = world.processor.encode(row["messages"], world.root)
+        with torch.no_grad():
+            hidden = world.model(**iv3.collate([sample], 0))
+            logp = torch.log_softmax(world.model.logits(hidden)[0], -1)
+        for t in sample.answer.nonzero()[:, 0].tolist():
+            total, count = total - float(logp[t - 1, sample.ids[t]]), count + 1
+    assert loss == pytest.approx(total / count, rel=1e-4)
+    assert table[:, 1].sum() == count and table[2].tolist() == [0, 0]
+    low, high = evaluation.interval(table, [evaluation.clip_of(row) for row in rows])
+    assert low <= loss <= high
+
+
+def test_evaluate_reports_scores_baselines_and_what_they_were_made_with(world):
+    caption = {"id": "c", "task": "caption", "messages": mcq("A")["messages"]}
+    rows = [mcq("A", clip="a.mp4"), mcq("B", clip="b.mp4"), grounding(1.0, 2.0, clip="a.mp4"), caption]
+    data = write_rows(world.root / "all.jsonl", rows)
+    result = evaluation.evaluate(world.model, world.processor, data, train_file=data, max_new=4, blind=True)
+    assert (result["mcq"]["acc_n"], result["grounding"]["miou_n"], result["loss"]["loss_n"]) == (2, 1, 1)
+    assert {"chance", "prior letter", "prior word", "blind"} == set(result["baselines"]["mcq_all"])
+    meta = result["meta"]
+    assert meta["frames_per_sample"] == 12 and meta["config"]["hidden"] == 128 and meta["seed"] == 0
+    other = evaluation.evaluate(world.model, world.processor, write_rows(world.root / "one.jsonl", rows[:1]), max_new=4)
+    assert len(meta["prompt_hash"]) == 12 and other["meta"]["prompt_hash"] != meta["prompt_hash"]
+    assert {"mcq", "mcq_n", "mcq_ci", "miou", "r1_50_ci", "width"} <= set(evaluation.stage_figures(result))
+    assert "counted wrong" in evaluation.render_scores(result)
+
+
+def test_a_limit_is_a_seeded_sample_in_file_order():
+    picked = evaluation.pick_rows(list(range(100)), 10, seed=1)
+    assert picked == evaluation.pick_rows(list(range(100)), 10, seed=1) == sorted(picked) and len(set(picked)) == 10
+    assert picked != list(range(10)) and evaluation.pick_rows([1, 2], 5) == [1, 2]
+
+
+def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch):
+    asked, prompts = [], []
+
+    def run_agent(live, video, question, options, budget, facts):
+        if Path(video).name == "gone.mp4":
+            raise iv3.MediaError(f"{video}: no such file")
+        asked.append((Path(video).name, question, options, budget.frames, facts))
+        answer, evidence = ("blue (B)", [(1.0, 2.5)]) if Path(video).name == "a.mp4" else ("red (A)", [(0.0, 6.0)])
+        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8)
+
+    def answer_rows(model, processor, rows, *args, **kwargs):
+        prompts.extend(rows)
+        return ["red (A)", "blue (B)", None, "blue (B)"]
+
+    monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
+    monkeypatch.setattr(evaluation, "answer_rows", answer_rows)
+    rows = [agent_test("a.mp4", "brief", facts="facts/test"), agent_test("b.mp4", "fact"),
+            agent_test("gone.mp4", "speech"), agent_test("a.mp4", "colour", unseen=False)]
+    rows[3]["messages"].insert(0, {"role": "system", "content": "You are a video agent."})
+    result = evaluation.evaluate_agent(world.model, world.processor, rows, world.root)
+    assert asked[0] == ("a.mp4", QUESTION, OPTIONS, 8, world.root / "facts/test")
+    assert [evaluation.media_items(row)[0]["max_frames"] for row in prompts] == [8] * 4
+    assert [m["role"] for m in prompts[3]["messages"]] == ["user", "assistant"]
+    unseen, seen = result["unseen"], result["seen"]
+    assert (unseen["direct"], unseen["agentic"], unseen["agentic_n"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 3)
+    assert unseen["evidence_hit"] == pytest.approx(1 / 3) and (unseen["forced"], unseen["missing"]) == (2, 1)
+    assert unseen["kinds"]["agentic"]["brief"] == {"value": 1.0, "n": 1} and seen["agentic"] == 1
+
+
+def test_agent_rollouts_in_two_processes_equal_those_in_one(world):
+    rows = [agent_test("a.mp4", "brief"), agent_test("b.mp4", "colour")]
+    budget = mcr_agent.Budget(calls=1, coarse=4, tokens=1024, turn=4)
+    run = [evaluation.evaluate_agent(world.model, world.processor, rows, world.root, budget=budget, jobs=jobs,
+                                     model_dir=world.root / "model", max_new=4) for jobs in (1, 2)]
+    assert run[0] == run[1] and run[0]["unseen"]["agentic_n"] == 1
+    with pytest.raises(UserError, match="--jobs"):
+        evaluation.evaluate_agent(world.model, world.processor, rows, world.root, jobs=2)
+    with pytest.raises(UserError, match="task 'mcq'"):
+        evaluation.evaluate_agent(world.model, world.processor, [mcq("A")], world.root)
+
+
+# ---- tables and results ---------------------------------------------------------------------------------------------
+
+def fake_results():
+    ci = {f"{k}_{p}": v for k in ("mcq", "miou", "r1_50", "width") for p, v in (("n", 40), ("ci", [0.55, 0.75]))}
+    block = {"mcq": 0.65, "miou": 0.6, "r1_50": 1.0, "width": 12.5, **ci}
+    group = {"direct": 0.25, "agentic": 0.75, "evidence_hit": 0.5, "direct_n": 8, "forced": 1, "direct_ci": [0.1, 0.5]}
+    return {"baselines": {"short": {"mcq": 0.33, "miou": 0.2}, "long": {"mcq": 0.3}}, "base": {"loss": 1.25},
+            "convert": {"loss": 1.5, "cache_ratio": 0.5}, "cpt": {"loss": 1.3},
+            "opd": {"short": block, "long": block, "gap_closed": 0.4}, "sft_short": {"short": block},
+            "agent": {"unseen": group, "seen": group}}
+
+
+def test_the_table_has_a_row_per_stage_baselines_first_within_100_columns():
+    text = evaluation.render(fake_results())
+    assert max(map(len, text.splitlines())) <= 100
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split()[1] for line in lines[2:5]] == ["baselines", "sft_short", "opd"]
+    assert ".65±.10" in lines[4] and "1.00±.10" in lines[4] and "12.50" in lines[4]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "| convert cache_ratio | .50" in text and "| unseen" in text and "opd gap_closed" in text
+
+
+def test_results_are_written_as_json_and_markdown(tmp_path):
+    results = fake_results()
+    evaluation.write_results(results, tmp_path / "run")
+    assert json.loads((tmp_path / "run/results.json").read_text()) == results
+    assert (tmp_path / "run/results.md").read_text().strip() == evaluation.render(results)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "results.md"]
+
+
+# ---- the decode bench and the command -------------------------------------------------------------------------------
+
+def test_the_eager_baseline_computes_the_same_attention_as_the_cached_layer():
+    torch.manual_seed(0)
+    gqa = evaluation.GQA(64, 4, 2, 16, 1e-6)
+    x, vision = torch.randn(1, 7, 64), torch.zeros(1, 7, dtype=torch.bool)
+    rope = evaluation.mrope(torch.arange(7).expand(3, 1, 7), 16, 1e4, (3, 3, 2))
+    with torch.no_grad():
+        whole = gqa(x, rope, vision)
+        k = v = torch.zeros(1, 2, 0, 16)
+        for t in range(7):
+            out, k, v = evaluation.eager_step(gqa, x[:, t:t + 1], [r[:, t:t + 1] for r in rope], k, v)
+            assert torch.allclose(out[:, 0], whole[:, t], atol=1e-5)
+
+
+def test_bench_decode_times_the_three_side_by_side(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "decode.json"
+    arguments = "eval.py --bench decode --contexts 32,64 --layers 1 --steps 2 --json".split() + [str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    evaluation.main()
+    result = json.loads(file.read_text())
+    assert [row["context"] for row in result["rows"]] == [32, 64] and result["env"]["layers"] == 1
+    for row in result["rows"]:
+        assert {"name", "context", "m2la_ms", "gqa_ms", "gqa_eager_ms", "cache_ratio"} == set(row)
+        assert row["cache_ratio"] == 0.5 and min(row["m2la_ms"], row["gqa_ms"], row["gqa_eager_ms"]) > 0
+    assert "gqa_eager_ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --bench decode", "either"),
+    ("--bench decode --contexts 16,none", "--contexts"), ("--bench decode --layers 0", "--layers"),
+    ("--data x.jsonl --limit 0", "--limit"), ("--bench decode --json nowhere/x.json", "--json"),
+    ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere")])
+def test_a_mistake_is_one_line_and_exit_2(arguments, word, world, monkeypatch, capsys):
+    write_rows(world.root / "mcq.jsonl", [mcq("A")])
+    model = [] if "--model" in arguments or not arguments else ["--model", str(world.root / "model")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments.format(root=world.root).split(), *model])
+    with pytest.raises(SystemExit) as stop:
+        iv3.run_cli(evaluation.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and word in error
+
+
+def test_the_command_scores_a_file(world):
+    data = write_rows(world.root / "cli.jsonl", [mcq("A", clip="a.mp4"), grounding(1.0, 2.0, clip="gone.mp4")])
+    command = [sys.executable, str(ROOT / "eval.py"), "--data", data, "--model", str(world.root / "model"),
+               "--max-new", "4", "--json", str(world.root / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "miou" in done.stdout and "1 missing" in done.stdout
+    assert json.loads((world.root / "out.json").read_text())["grounding"]["missing"] == 1

@@ -1,0 +1,477 @@
+"""m2la.py: RoPE, GQA, the latent kernel, caches, calibration, conversion: each against an independent computation."""
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import m2la
+from m2la import GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge, mrope
+
+HIDDEN, HEADS, KV, DH, THETA, SECTIONS = 64, 4, 2, 16, 1e4, (4, 2, 2)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=cuda)]
+kernel = pytest.mark.skipif(m2la.triton is None, reason="needs triton (its interpreter is enough)")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                  # many tiny operations: more threads only wait
+    yield
+    torch.set_num_threads(threads)
+
+
+def close(a, b, tolerance):
+    """Relative error of a against b, over the whole tensor."""
+    error = (a.double() - b.double()).norm() / b.double().norm()
+    assert error < tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def sample(B=2, T=24, dtype=torch.float64, device="cpu", hidden=HIDDEN):
+    """x, rope, vision: runs of text and of vision tokens with different statistics and true 3-D positions."""
+    vision = (torch.arange(T) // 5 % 2 == 1).expand(B, T) ^ (torch.arange(B)[:, None] % 2 == 1)
+    mix = torch.randn(2, hidden // 3, hidden, dtype=torch.float64)
+    x = torch.where(vision[..., None], *(torch.randn(B, T, hidden // 3, dtype=torch.float64) @ m for m in mix))
+    x = x + 0.3 * torch.randn_like(x)
+    positions = torch.arange(T).expand(3, B, T).clone()
+    positions[1:] += torch.randint(0, 8, (2, B, T)) * vision
+    rope = mrope(positions, DH, THETA, SECTIONS)
+    return x.to(device, dtype), tuple(r.to(device) for r in rope), vision.to(device)
+
+
+def layer(kind, dtype=torch.float64, device="cpu"):
+    module = GQA(HIDDEN, HEADS, KV, DH) if kind == "gqa" else M2LA(HIDDEN, HEADS, KV, DH, 1e-6, 12, (10, 23))
+    with torch.no_grad():                                     # weights that are not close to trivial
+        for name, p in module.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 2)
+            elif "bias" in name:
+                p.normal_()
+    return module.to(device, dtype)
+
+
+def new_cache(kind, batch, capacity=40, dtype=torch.float64, device="cpu"):
+    if kind == "gqa":
+        return KVCache(1, batch, capacity, KV, DH, dtype, device)
+    return LatentCache([(10, 23)], 12, batch, (capacity, capacity), dtype, device)
+
+
+# ------------------------------------------------------------------------------------------ RoPE and GQA
+
+def test_mrope_is_interleaved():
+    positions = torch.randint(0, 1000, (3, 2, 5))
+    cos, sin = mrope(positions, 128, 5e6, (24, 20, 20))
+    assert cos.shape == (2, 5, 64) and cos.dtype == torch.float32
+    axes = ["t"] * 64
+    axes[1:60:3], axes[2:60:3] = "h" * 20, "w" * 20
+    for l, axis in enumerate(axes):
+        angle = positions["thw".index(axis)].double() * 5e6 ** (-2 * l / 128)
+        torch.testing.assert_close(cos[..., l].double(), angle.cos(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(sin[..., l].double(), angle.sin(), atol=1e-4, rtol=0)
+
+
+def naive_gqa(module, x, rope, mask):
+    """One head and one token at a time, RoPE as complex multiplication."""
+    B, T, _ = x.shape
+    phase = torch.complex(*rope).to(torch.complex128)                                    # (B,T,Dh/2)
+
+    def heads(projection, norm=None):
+        y = projection(x).view(B, T, -1, DH)
+        if norm is None:
+            return y
+        y = y / (y.square().mean(-1, keepdim=True) + module.eps).sqrt() * norm.weight
+        z = torch.complex(y[..., :DH // 2], y[..., DH // 2:]) * phase[:, :, None]
+        return torch.cat([z.real, z.imag], -1)
+    q, k, v = heads(module.q_proj, module.q_norm), heads(module.k_proj, module.k_norm), heads(module.v_proj)
+    out = torch.zeros(B, T, HEADS, DH, dtype=x.dtype)
+    for b in range(B):
+        for t in range(T):
+            for h in range(HEADS):
+                g = h // (HEADS // KV)
+                score = (k[b, :, g] @ q[b, t, h]) / math.sqrt(DH)
+                out[b, t, h] = score.masked_fill(~mask[b, 0, t], float("-inf")).softmax(0) @ v[b, :, g]
+    return module.o_proj(out.flatten(2))
+
+
+@torch.no_grad()
+def test_gqa_equals_naive_attention():
+    module = layer("gqa")
+    x, rope, vision = sample(T=11)
+    causal = torch.ones(2, 1, 11, 11, dtype=torch.bool).tril()
+    close(module(x, rope, vision), naive_gqa(module, x, rope, causal), 1e-12)
+    blocks = (torch.arange(11) < 6)[:, None] == (torch.arange(11) < 6)                   # two packed samples
+    close(module(x, rope, vision, causal & blocks), naive_gqa(module, x, rope, causal & blocks), 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ kernel
+
+CASES = {                       # B, T, H, R, P, longest, splits
+    "full width": (1, 1, 32, 896, 128, 130, None),
+    "several splits at full width": (1, 1, 8, 896, 128, 200, 3),
+    "odd rank": (3, 1, 4, 17, 80, 150, 2),
+    "tiny": (4, 1, 4, 48, 32, 100, None),
+    "more splits than tokens": (2, 1, 8, 80, 16, 40, 5),
+    "causal tokens": (3, 4, 8, 48, 16, 90, 2),
+}
+
+
+@kernel
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_equals_fp64(case, device, dtype=torch.float32, tolerance=1e-5):
+    B, T, H, R, P, longest, splits = CASES[case]
+    q = torch.randn(B, T, H, R + P).to(device, dtype)
+    rows = torch.randn(B, longest + 30, R + P).to(device, dtype)
+    lengths = torch.randint(T, longest + 1, (B,))
+    lengths[0] = longest
+    if B > 2:
+        lengths[1], lengths[2] = 0, 1                                                    # empty and very short
+    limits = (lengths[:, None] - T + 1 + torch.arange(T)).clamp_min(0).to(device)
+    scale = (R + P) ** -0.5
+    expected, expected_lse = latent_attend(q.double(), rows.double(), limits, R, scale, "torch")
+    for b in range(B):
+        rows[b, lengths[b]:] = float("nan")                                              # junk must not be read
+    out, lse = m2la._attend_triton(q, rows, limits, R, scale, splits)
+    assert out.shape == (B, T, H, R) and out.dtype == lse.dtype == torch.float32
+    close(out, expected, tolerance)
+    empty = limits == 0
+    assert (out[empty] == 0).all() and (lse[empty] == float("-inf")).all()
+    close(lse[~empty], expected_lse[~empty], tolerance)
+
+
+@cuda
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_in_bf16(case):
+    test_kernel_equals_fp64(case, "cuda", torch.bfloat16, 5e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=kernel)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_latent_attend_equals_softmax(device, backend):
+    if (device, backend) == ("cuda", "torch"):
+        pytest.skip("covered on the CPU")
+    q, rows = torch.randn(2, 3, 4, 40, device=device), torch.randn(2, 50, 40, device=device)
+    limits = torch.tensor([[10, 11, 12], [48, 49, 50]], device=device)
+    out, lse = latent_attend(q, rows, limits, 30, 0.2, backend)
+    for b in range(2):
+        for t in range(3):
+            seen = rows[b, :limits[b, t]].double()
+            score = 0.2 * q[b, t].double() @ seen.mT
+            close(out[b, t], score.softmax(-1) @ seen[:, :30], 1e-5)
+            close(lse[b, t], score.logsumexp(-1), 1e-5)
+
+
+def test_latent_attend_default_is_by_device():
+    q, rows, limits = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 8), torch.tensor([[5]])
+    assert torch.equal(latent_attend(q, rows, limits, 4, 1.0)[0], latent_attend(q, rows, limits, 4, 1.0, "torch")[0])
+
+
+@kernel
+def test_kernel_refuses_rows_that_do_not_fit():
+    with pytest.raises(UserError, match="1024"):
+        latent_attend(torch.randn(1, 1, 1, 1100), torch.randn(1, 2, 1100), torch.tensor([[2]]), 1000, 1.0, "triton")
+
+
+def test_merge_of_unequal_and_empty_sets():
+    score, value = torch.randn(3, 40).double(), torch.randn(3, 40, 5).double()
+    parts = [slice(0, 7), slice(7, 40), slice(40, 40)]
+    outs = torch.stack([score[:, p].softmax(-1)[:, None] @ value[:, p] for p in parts], -2)[:, 0]
+    lses = torch.stack([score[:, p].logsumexp(-1) if p.start < 40 else torch.full((3,), -math.inf).double()
+                        for p in parts], -1)
+    out, lse = merge(outs, lses)
+    close(out, (score.softmax(-1)[:, None] @ value)[:, 0], 1e-12)
+    close(lse, score.logsumexp(-1), 1e-12)
+    out, lse = merge(torch.zeros(2, 3), torch.full((2,), -math.inf))
+    assert (out == 0).all() and lse == -math.inf
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+def feed(module, cache, x, rope, vision, start, stop, valid=None):
+    part = slice(start, stop)
+    cache.begin(vision[:, part], valid)
+    out = module(x[:, part], tuple(r[:, part] for r in rope), vision[:, part], cache=cache)
+    cache.commit()
+    return out
+
+
+KINDS = ["gqa", "m2la"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=kernel)])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cached_equals_full(kind, backend, device, monkeypatch):
+    """A prefill, single tokens, few tokens, a long chunk: the same as one forward over everything."""
+    if backend == "triton":
+        if kind == "gqa":
+            pytest.skip("GQA has no latent")
+        monkeypatch.setattr(m2la, "latent_attend", lambda *args: latent_attend(*args, "triton"))
+    dtype = torch.float32 if "triton" in backend or device == "cuda" else torch.float64
+    module, cache = layer(kind, dtype, device), new_cache(kind, 2, dtype=dtype, device=device)
+    x, rope, vision = sample(T=35, dtype=dtype, device=device)
+    full = module(x, rope, vision)
+    steps = [0, 7, 8, 9, 12, 24, 25, 33, 35]
+    outs = [feed(module, cache, x, rope, vision, *part) for part in zip(steps, steps[1:])]
+    close(torch.cat(outs, 1), full, 1e-12 if dtype == torch.float64 else 1e-4)
+    assert cache.lengths.tolist() == [35, 35]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_long_cached_prefill_in_blocks(kind, monkeypatch):
+    module, (x, rope, vision) = layer(kind), sample(T=35)
+    full = module(x, rope, vision)
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 500)
+    cache = new_cache(kind, 2)
+    outs = [feed(module, cache, x, rope, vision, *part) for part in ((0, 5), (5, 35))]
+    close(torch.cat(outs, 1), full, 1e-12)
+
+
+@pytest.mark.parametrize("prefill", [16, 6])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_ragged_batch(kind, side, prefill):
+    """Sequences of different length, padded on either side, one of them empty at first: as each would be alone."""
+    module, (x, rope, vision) = layer(kind), sample(B=3, T=40)
+    lengths, T = torch.tensor([prefill, prefill - 5, 0]), prefill
+    shift = torch.zeros_like(lengths) if side == "right" else T - lengths
+    index = torch.arange(T) - shift[:, None]
+    valid = (index >= 0) & (index < lengths[:, None])
+    index = index.clamp(0, 39)
+    pick = [torch.take_along_dim(t, index[..., None], 1) for t in (x, *rope)]
+    cache = new_cache(kind, 3)
+    cache.begin(vision.gather(1, index), valid)
+    first = module(pick[0], pick[1:], vision.gather(1, index), cache=cache)
+    cache.commit()
+    assert torch.equal(cache.lengths, lengths)
+    for length in (1, 12):                                                               # decode, then a long chunk
+        index = cache.lengths[:, None] + torch.arange(length)
+        pick = [torch.take_along_dim(t, index[..., None], 1) for t in (x, *rope)]
+        going = torch.tensor([True, True, length > 1])[:, None].expand(3, length)        # the empty one still waits
+        before = cache.lengths.clone()
+        cache.begin(vision.gather(1, index), going)
+        out = module(pick[0], pick[1:], vision.gather(1, index), cache=cache)
+        cache.commit()
+        for b in range(3):
+            end = int(cache.lengths[b])
+            assert end == before[b] + length * going[b, 0]
+            alone = module(x[b:b + 1, :end], tuple(r[b:b + 1, :end] for r in rope), vision[b:b + 1, :end])
+            if going[b, 0]:
+                close(out[b], alone[0, before[b]:end], 1e-12)
+            if length == 1 and b < 2:
+                close(first[b, valid[b]], alone[0, :lengths[b]], 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_truncate_then_continue(kind):
+    module, (x, rope, vision) = layer(kind), sample(T=30)
+    full = module(x, rope, vision)
+    cache = new_cache(kind, 2)
+    feed(module, cache, x, rope, vision, 0, 14)
+    feed(module, cache, -x, rope, ~vision, 14, 25)                                       # a wrong turn
+    used = cache.nbytes()
+    cache.truncate(14)
+    assert cache.lengths.tolist() == [14, 14] and cache.nbytes() < used
+    close(feed(module, cache, x, rope, vision, 14, 17), full[:, 14:17], 1e-12)
+    cache.truncate(torch.tensor([10, 17]))                                               # each its own length
+    assert cache.lengths.tolist() == [10, 17]
+    part = [torch.stack([t[0, 10:12], t[1, 17:19]]) for t in (x, *rope, vision)]
+    cache.begin(part[3])
+    out = module(part[0], part[1:3], part[3], cache=cache)
+    close(out, torch.stack([full[0, 10:12], full[1, 17:19]]), 1e-12)
+    cache.truncate(0)
+    close(feed(module, cache, x, rope, vision, 0, 9), full[:, :9], 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_expand_gives_independent_copies(kind):
+    module, (x, rope, vision) = layer(kind), sample(T=20)
+    full = module(x, rope, vision)
+    cache = new_cache(kind, 2)
+    feed(module, cache, x, rope, vision, 0, 15)
+    many = cache.expand(3)
+    three = [t.repeat_interleave(3, 0) for t in (x, *rope, vision)]
+    out = feed(module, many, three[0], three[1:3], three[3], 15, 18)
+    close(out, full[:, 15:18].repeat_interleave(3, 0), 1e-12)
+    assert cache.lengths.tolist() == [15, 15] and many.lengths.tolist() == [18] * 6
+    close(feed(module, cache, x, rope, vision, 15, 20), full[:, 15:20], 1e-12)
+
+
+@torch.no_grad()
+def test_cache_bytes_and_overflow():
+    x, rope, vision = sample(B=2, T=12)
+    cache = new_cache("m2la", 2, capacity=8, dtype=torch.float32)
+    feed(layer("m2la"), cache, x, rope, vision, 0, 12)
+    text = int((~vision).sum())
+    assert cache.nbytes() == 4 * (text * (10 + 12) + (24 - text) * (23 + 12))
+    sight = torch.ones(2, 9, dtype=torch.bool)
+    with pytest.raises(UserError, match="capacity"):
+        cache.begin(sight)
+    assert cache.lengths.tolist() == [12, 12]                                            # nothing has changed
+    cache.begin(sight[:, :1])
+
+
+# -------------------------------------------------------------------------------- calibration, conversion
+
+def converted(spec, gqa=None, T=200, B=8, layer_index=0):
+    gqa = gqa or layer("gqa")
+    x, rope, vision = sample(B, T)
+    with torch.no_grad(), Calibration([gqa]) as calibration:
+        target = gqa(x, rope, vision)
+    module = M2LA.from_gqa(gqa, calibration.moments[0], spec, layer_index)
+    with torch.no_grad():
+        out = module(x, rope, vision)
+    return module, float((out - target).norm() / target.norm()), (gqa, x, rope, vision, target)
+
+
+FULL = 2 * KV * DH                                                                       # values of a GQA row
+
+
+@pytest.mark.parametrize("slots", ["uniform", "realloc"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+def test_all_slots_and_full_rank_equal_gqa(slots, dtype, tolerance):
+    module, error, (gqa, x, rope, vision, target) = converted(ConvertSpec(KV * DH, (FULL, FULL), slots=slots))
+    assert error < tolerance
+    out = module.to(dtype)(x.to(dtype), rope, vision)
+    close(out, target, tolerance)
+    cache = LatentCache([(FULL, FULL)], KV * DH, 8, (200, 200), dtype)
+    with torch.no_grad():                                                                # absorbed decode as well
+        parts = [feed(module, cache, x.to(dtype), rope, vision, a, b) for a, b in ((0, 190), (190, 191), (191, 196))]
+    close(torch.cat(parts, 1), target[:, :196], tolerance)
+
+
+def test_half_the_bytes_beats_weight_svd():
+    """Same cache row (32 of 64 values): ours against the best rank-32 factors of the stacked key and value weights."""
+    _, ours, (gqa, x, rope, vision, target) = converted(ConvertSpec(16, (16, 16)))
+    with torch.no_grad():
+        u, s, v = torch.linalg.svd(torch.cat([gqa.k_proj.weight, gqa.v_proj.weight]), full_matrices=False)
+        weight = (u[:, :32] * s[:32]) @ v[:32]
+        gqa.k_proj.weight.copy_(weight[:KV * DH])
+        gqa.v_proj.weight.copy_(weight[KV * DH:])
+        naive = float((gqa(x, rope, vision) - target).norm() / target.norm())
+    assert ours < 0.7 * naive, f"ours {ours:.3f}, weight SVD {naive:.3f}"
+
+
+def test_each_idea_of_the_default_helps():
+    base = dict(rope_width=16, ranks=(20, 20))
+    gqa = layer("gqa")
+
+    def error(**change):
+        torch.manual_seed(1)                                                             # the same data for all
+        return converted(ConvertSpec(**base, **change), gqa)[1]
+    best = error()
+    for worse in (dict(slots="uniform"), dict(gain=False), dict(metric="identity"), dict(modality="shared")):
+        assert best < error(**worse), worse
+
+
+def test_values_that_w_o_ignores_cost_nothing():
+    gqa, spec = layer("gqa"), dict(rope_width=KV * DH, ranks=(KV * DH // 2,) * 2)        # keys are exact: all slots
+    with torch.no_grad():
+        gqa.o_proj.weight[:, ::2] = 0                                                    # half of the value channels
+    assert converted(ConvertSpec(**spec), gqa)[1] < 1e-3
+    assert converted(ConvertSpec(**spec, metric="balance"), gqa)[1] > 0.05
+
+
+def test_unitary_basis_joins_heads_that_differ_by_a_phase():
+    """Two KV heads with keys κ and iκ: one complex slot per frequency holds both; no real matrix can."""
+    gqa = layer("gqa")
+    with torch.no_grad():
+        re, im = gqa.k_proj.weight[:DH].chunk(2)
+        gqa.k_proj.weight[DH:] = torch.cat([-im, re])
+        gqa.k_norm.weight.fill_(1)
+    spec = dict(rope_width=DH, ranks=(FULL, FULL), slots="uniform", modality="shared")
+    assert converted(ConvertSpec(**spec), gqa)[1] < 1e-6
+    assert converted(ConvertSpec(**spec, rope_basis="real"), gqa)[1] > 0.1
+
+
+def test_cost_goes_down_with_rank_and_by_modality():
+    errors = [converted(ConvertSpec(16, (r, r)))[1] for r in (4, 16, 40)]
+    assert errors[0] > errors[1] > errors[2]
+    module, _, _ = converted(ConvertSpec(16, [(8, 24), (24, 8)]), layer_index=1)
+    assert module.ranks == (24, 8) and [d.in_features for d in module.decode] == [24, 8]
+
+
+def test_padding_does_not_count():
+    gqa, (x, rope, vision) = layer("gqa"), sample(2, 30)
+    valid = torch.arange(30) < torch.tensor([30, 13])[:, None]
+    with torch.no_grad(), Calibration([gqa]) as padded:
+        padded.valid = valid
+        gqa(x, rope, vision)
+    with torch.no_grad(), Calibration([gqa]) as alone:
+        for b, n in enumerate((30, 13)):
+            gqa(x[b:b + 1, :n], tuple(r[b:b + 1, :n] for r in rope), vision[b:b + 1, :n])
+    for name, value in vars(alone.moments[0]).items():
+        torch.testing.assert_close(getattr(padded.moments[0], name), value, atol=1e-4, rtol=1e-4, msg=name)
+    assert alone.moments[0].count.sum() == 43
+    gqa(x, rope, vision)                                                                 # the hook is gone
+    assert alone.moments[0].count.sum() == 43
+
+
+def test_too_little_calibration_falls_back_to_a_shared_basis():
+    with pytest.warns(UserWarning, match=r"layer 3: \d+ vision tokens.*at least 160.*calibrate on more vision"):
+        module, _, _ = converted(ConvertSpec(16, (2, 16)), T=15, layer_index=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared, _, _ = converted(ConvertSpec(16, (2, 16), modality="shared"), T=15)
+        converted(ConvertSpec(16, (2, 2)), T=15)
+    assert module.decode[1].weight.shape == shared.decode[1].weight.shape
+
+
+def test_conversion_without_calibration_is_refused():
+    gqa = layer("gqa")
+    with pytest.raises(UserError, match="calibration saw no tokens"):
+        M2LA.from_gqa(gqa, Calibration([gqa]).moments[0], ConvertSpec(16, (8, 8)))
+    x, rope, vision = sample()
+    cache = new_cache("gqa", 2)
+    cache.begin(vision)
+    with Calibration([gqa]), pytest.raises(UserError, match="without a cache"):
+        gqa(x, rope, vision, cache=cache)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("rope_width", 7), ("rope_width", 0), ("rope_width", "32"), ("ranks", (8,)), ("ranks", (8, 0)), ("ranks", 8),
+    ("ranks", []), ("ranks", [(8, 8), (8,)]), ("ranks", (8, 8.5)), ("rope_basis", "complex"), ("slots", "greedy"),
+    ("gain", "yes"), ("metric", "fisher"), ("modality", "audio")])
+def test_bad_spec_names_the_field(field, value):
+    with pytest.raises(UserError, match=f"ConvertSpec {field}"):
+        ConvertSpec(**{"rope_width": 16, "ranks": (8, 8), field: value})
+
+
+@pytest.mark.parametrize("spec,word", [
+    (dict(rope_width=24, ranks=(8, 8), slots="uniform"), "multiple of the head dim 16"),
+    (dict(rope_width=16, ranks=(8, 65)), "at most 64"), (dict(rope_width=64, ranks=(8, 8)), "32"),
+    (dict(rope_width=16, ranks=[(8, 8)]), "1 pairs given, but layer 2")])
+def test_spec_that_does_not_fit_the_layer(spec, word):
+    with pytest.raises(UserError, match=word):
+        converted(ConvertSpec(**spec), T=20, layer_index=2)
+
+
+def test_trains():
+    """Every map gets a finite gradient, and a few steps bring a converted layer nearer to its source."""
+    module, _, (gqa, x, rope, vision, target) = converted(ConvertSpec(16, (12, 12)), T=30)
+    mask = torch.ones(8, 1, 30, 30, dtype=torch.bool).tril()
+    losses = []
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(F.mse_loss(module(x, rope, vision, mask), target))
+        losses[-1].backward()
+        for name, p in module.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_state_round_trip():
+    module, _, (_, x, rope, vision, _) = converted(ConvertSpec(16, (12, 20)), T=60)
+    fresh = M2LA(HIDDEN, HEADS, KV, DH, 1e-6, 16, (12, 20)).double()
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh(x, rope, vision), module(x, rope, vision))

@@ -1,0 +1,831 @@
+"""The training recipe of InternVideo3 (§3.3, §4): four stages in one script.
+
+    python train.py                                   # the whole recipe on the toy world, tiny, a laptop CPU is enough
+    python train.py --stage sft --phase long          # one stage; it starts from the stage before it in --out
+    python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
+    python train.py --stage base --out runs/base      # pretrain the tiny GQA base (our stand-in for Qwen3-VL)
+
+Reading order: recipe → data (rows → packs → batches) → losses → the stages (supervised, conversion, GSPO, on-policy
+distillation) → the loop with its checkpoints → the chain of stages.
+
+Where this differs from the paper, and why:
+ 1. Sizes. The paper trains 8 B parameters on 16 M + 7 M samples; the default here is 1.5 M parameters on a toy world.
+ 2. Several questions about one video share its tokens (a tree-shaped attention mask). The loss is the same as of
+    separate samples; the video is encoded once.
+ 3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (the clip range 3e-4 is far below bf16 noise);
+    advantages are divided by (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
+ 4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
+    expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
+ 5. Replay: every stage keeps a share of the earlier stages' data. A tiny model forgets a format within two minutes.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import eval as evaluation
+from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model,
+                 generate, load_model, load_rows, run_cli, save_model, write_atomic)
+from m2la import Calibration, ConvertSpec, M2LA
+
+HERE = Path(__file__).parent
+SHIPPED = HERE / "data" / "toy" / "weights"                    # the tiny base and teacher that come with the code
+
+
+# ----------------------------------------------------------------------------------------------------------- recipe
+
+@dataclass
+class Recipe:
+    """One stage. `mix`: file of the data directory → share of packs. A pack is one video with up to `branches`
+    conversations about it. The learning rate warms up over `warmup` of the steps, then follows a cosine to lr_min."""
+    mix: dict
+    steps: int
+    lr: float
+    lr_min: float = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    packs: int = 8                           # packs (videos) per step
+    branches: int = 8                        # conversations per pack
+    tokens: int = 4096                       # padded tokens of one forward; larger steps are accumulated
+    reduction: str = "mean"                  # "mean" over tokens | "square": each sample's tokens weigh 1/√(their number)
+    group: int = 8                           # RL: samples per prompt
+    temperature: float = 1.0                 # RL, OPD: of the student's samples
+    updates: int = 2                         # RL: optimizer steps per rollout
+    clip: tuple = (3e-4, 4e-4)               # RL: GSPO's clip range of the sequence ratio, below and above 1
+    kl: float = 0.03                         # RL: weight of the KL to the SFT model
+    pool: int = 400                          # RL, OPD: prompts that the filter looks at
+    replay: dict = field(default_factory=dict)   # RL, OPD: supervised packs added to every update, file → share
+    replay_packs: int = 2
+
+
+REPLAY = {"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.4}
+TINY = {
+    "base": Recipe({"pretrain.jsonl": 1.0}, steps=3000, lr=2e-3, lr_min=1e-4, packs=16, branches=16, tokens=8192),
+    "teacher": Recipe({"pretrain.jsonl": 0.2, "cpt.jsonl": 0.1, "sft_short.jsonl": 0.35, "sft_long.jsonl": 0.35}, steps=3000,
+                      lr=1e-3, lr_min=5e-5, packs=16, branches=16, tokens=8192, reduction="square"),
+    "cpt": Recipe({"cpt.jsonl": 1.0}, steps=80, lr=5e-4, lr_min=5e-5),
+    "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt.jsonl": 0.15}, steps=300, lr=1e-3, lr_min=1e-4, warmup=0.1,
+                        reduction="square"),
+    "sft_long": Recipe({"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.3, "cpt.jsonl": 0.1}, steps=200, lr=1e-3, lr_min=1e-4,
+                       warmup=0.1, reduction="square"),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=100, lr=1e-4, lr_min=1e-4, weight_decay=0.0, packs=8, branches=4, replay=REPLAY),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=5e-4, lr_min=5e-5, weight_decay=0.0, packs=8, branches=8, replay=REPLAY),
+}
+PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl", "teacher": "base"}
+# Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.
+CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32))
+
+
+# ------------------------------------------------------------------------------------- data: rows → packs → batches
+
+@dataclass
+class Pack:
+    """Several conversations that begin with the same tokens (one video): the shared prefix once, then the branches.
+    Every branch continues the positions of the prefix and attends to the prefix and itself: a tree in one sequence."""
+    ids: torch.Tensor                        # (T,)
+    positions: torch.Tensor                  # (3,T)
+    branch: torch.Tensor                     # (T,) 0 = prefix, 1, 2, … = branches
+    answer: torch.Tensor                     # (T,) bool
+    patches: torch.Tensor
+    grids: torch.Tensor
+
+
+def make_pack(samples, shared_grids, vision_ids):
+    """samples: Encoded that begin with the same `shared_grids` temporal patches (0 without media) → Pack."""
+    first, prefix = samples[0].ids, min(int(s.answer.nonzero()[0]) for s in samples) - 1
+    for s in samples[1:]:                                  # the longest common prefix; the token before an answer
+        n = min(prefix, len(s.ids))                        # stays in its branch, which has to predict from it
+        differ = (first[:n] != s.ids[:n]).nonzero()
+        prefix = int(differ[0]) if len(differ) else n
+    shared = int(samples[0].grids[:shared_grids].prod(1).sum())                           # patches
+    if len(samples) > 1:                                   # equal tokens beyond the shared video can hide other pixels
+        tokens = torch.isin(first, torch.tensor(vision_ids)).nonzero()[:, 0]
+        per_patch = len(tokens) / max(1, len(samples[0].patches))
+        own = tokens[round(shared * per_patch):]
+        prefix = min(prefix, int(own[0])) if len(own) else prefix
+    sizes = [prefix] + [len(s.ids) - prefix for s in samples]
+    return Pack(ids=torch.cat([first[:prefix]] + [s.ids[prefix:] for s in samples]),
+                positions=torch.cat([samples[0].positions[:, :prefix]] + [s.positions[:, prefix:] for s in samples], 1),
+                branch=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+                answer=torch.cat([torch.zeros(prefix, dtype=torch.bool)] + [s.answer[prefix:] for s in samples]),
+                patches=torch.cat([samples[0].patches[:shared]] + [s.patches[shared:] for s in samples]),
+                grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples]))
+
+
+def collate_packs(packs):
+    """Packs → one right-padded batch. `sample` (B,T): number of the conversation over the whole batch, −1 elsewhere.
+    `mask` (B,1,T,T): token i sees j ≤ i of its prefix and of its own branch."""
+    T = max(len(p.ids) for p in packs)
+    batch = {"ids": torch.zeros(len(packs), T, dtype=torch.long), "positions": torch.zeros(3, len(packs), T, dtype=torch.long),
+             "answer": torch.zeros(len(packs), T, dtype=torch.bool), "sample": torch.full((len(packs), T), -1)}
+    branch, count = torch.full((len(packs), T), -1), 0
+    for b, p in enumerate(packs):
+        n = len(p.ids)
+        batch["ids"][b, :n], batch["positions"][:, b, :n], batch["answer"][b, :n], branch[b, :n] = p.ids, p.positions, p.answer, p.branch
+        batch["sample"][b, :n] = torch.where(p.branch > 0, p.branch - 1 + count, -1)
+        count += int(p.branch.max())
+    same = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+    batch["mask"] = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
+    batch["valid"] = branch >= 0
+    batch["patches"], batch["grids"] = torch.cat([p.patches for p in packs]), torch.cat([p.grids for p in packs])
+    return batch
+
+
+def micro_batches(packs, tokens):
+    """Split a step's packs, sorted by length, into batches of at most `tokens` padded tokens."""
+    batches, current = [], []
+    for p in sorted(packs, key=lambda p: len(p.ids)):
+        if current and len(p.ids) * (len(current) + 1) > tokens:
+            batches.append(collate_packs(current))
+            current = []
+        current.append(p)
+    return batches + [collate_packs(current)]
+
+
+class Data:
+    """Draws packs from the JSONL files of a mix. What step n gets depends only on (seed, stage, n): a resumed run
+    continues exactly, and steps can be prepared by several processes. Unreadable videos are skipped and counted."""
+
+    def __init__(self, directory, mix, processor, vision_ids, seed, stage):
+        self.processor, self.vision_ids, self.seed, self.skipped = processor, vision_ids, [seed, *stage.encode()], {}
+        self.groups, self.weights = [], []
+        for name, share in mix.items():
+            path = Path(name) if Path(name).is_file() else Path(directory) / name
+            groups = defaultdict(list)
+            for row in load_rows(path):
+                media = first_media(row)
+                groups[json.dumps(media) if media else len(groups) // 8].append(row)     # text alone: any 8 together
+            self.groups.append((path.parent, list(groups.values())))
+            self.weights.append(share)
+        self.weights = np.array(self.weights) / sum(self.weights)
+
+    def step(self, step, packs, branches):
+        """→ list of (rows, root): `packs` groups of up to `branches` rows about one video."""
+        rng, out = np.random.default_rng([*self.seed, step]), []
+        for f in rng.choice(len(self.groups), packs, p=self.weights):
+            root, groups = self.groups[f]
+            rows = groups[rng.integers(len(groups))]
+            out.append(([rows[i] for i in rng.permutation(len(rows))[:branches]], root))
+        return out
+
+    def encode(self, rows, root, **options):
+        """Rows → list of Encoded, or None when their video cannot be read (counted in `skipped`)."""
+        try:
+            return [self.processor.encode(row["messages"], root, **options) for row in rows]
+        except MediaError as e:
+            self.skipped[str(e)] = self.skipped.get(str(e), 0) + 1
+            return None
+
+    def pack(self, rows, samples, root):
+        media = first_media(rows[0])
+        shared = 0
+        if media:
+            patches, grid, *_ = self.processor.load(media, root)
+            shared = len(patches) // (grid[0] * grid[1])
+        return make_pack(samples, shared, self.vision_ids)
+
+    def batches(self, step, recipe):
+        """The supervised batches of one step."""
+        drawn = [(rows, self.encode(rows, root), root) for rows, root in self.step(step, recipe.packs, recipe.branches)]
+        packs = [self.pack(rows, samples, root) for rows, samples, root in drawn if samples]
+        if not packs:
+            raise UserError(f"no readable video in step {step}: {next(iter(self.skipped))}")
+        return micro_batches(packs, recipe.tokens)
+
+
+def first_media(row):
+    """The first image or video item of a row, or None."""
+    items = (item for m in row["messages"] if not isinstance(m["content"], str) for item in m["content"])
+    return next((item for item in items if item["type"] != "text"), None)
+
+
+class Loader(torch.utils.data.Dataset):
+    """Step → its batches, so that PyTorch's DataLoader can prepare steps in worker processes (`--workers`)."""
+
+    def __init__(self, data, recipe, first):
+        self.data, self.recipe, self.first = data, recipe, first
+
+    def __len__(self):
+        return self.recipe.steps - self.first
+
+    def __getitem__(self, i):
+        torch.set_num_threads(1)
+        return self.data.batches(self.first + i, self.recipe)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+def answer_logits(model, batch):
+    """One packed forward. → logits (n,V) that predict the n answer tokens, the tokens (n,), their conversation (n,)."""
+    hidden = model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])     # (B,T,D)
+    target = batch["answer"][:, 1:]
+    return model.logits(hidden[:, :-1][target]).float(), batch["ids"][:, 1:][target], batch["sample"][:, 1:][target]
+
+
+def sft_weights(sample, reduction):
+    """Weight of each answer token, (n,): "square" gives a sample with m answer tokens the weight 1/√m each (§4)."""
+    length = torch.bincount(sample)[sample]
+    return torch.ones_like(length, dtype=torch.float) if reduction == "mean" else length.float().rsqrt()
+
+
+def sequence_mean(values, sample, count):
+    """(n,) per token → (count,) mean over each conversation's tokens."""
+    total = torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, sample, values)
+    return total / torch.bincount(sample, minlength=count).clamp_min(1)
+
+
+def advantages(rewards, group):
+    """rewards (n·group,) → A_i = (r_i − mean) / (std + 1e-4) inside each group of answers to one prompt."""
+    r = rewards.view(-1, group)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, correction=0, keepdim=True) + 1e-4)).view(-1)
+
+
+def gspo_loss(logp, old, ref, sample, advantage, clip, kl):
+    """Group Sequence Policy Optimization with a KL penalty, per token log-probabilities (n,), advantage (count,).
+
+        s_i = exp( 1/|y_i| Σ_t (log π − log π_old) )                    sequence ratio
+        L   = − mean_i min( s_i A_i, clip(s_i, 1 − ε_low, 1 + ε_high) A_i ) + β mean_i mean_t k3
+        k3  = e^d − d − 1,  d = log π_ref − log π                       KL estimator, never negative
+    """
+    count = len(advantage)
+    ratio = sequence_mean(logp - old, sample, count).exp()
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    d = ref - logp
+    k3 = sequence_mean(d.exp() - d - 1, sample, count)
+    share = ((ratio - clipped) * advantage > 0).float().mean()              # sequences whose gradient is cut
+    return -torch.minimum(ratio * advantage, clipped * advantage).mean() + kl * k3.mean(), k3.mean(), share
+
+
+def reverse_kl(student, teacher):
+    """logits (n,V) of both at the same prefixes → Σ_v π(v) (log π(v) − log π_T(v)), (n,)."""
+    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+class Trainer:
+    """Optimizer, schedule, checkpoints and logging of one stage; the stage itself is `fit`'s argument.
+
+    A killed run resumes exactly: everything random in step n is seeded by (seed, stage, n), and state.pt holds weights,
+    optimizer and the next step. A stage's directory gets its config.json only when the stage is complete."""
+
+    def __init__(self, model, processor, recipe, stage, args, inherits=None):
+        self.model, self.processor, self.recipe, self.stage, self.args, self.inherits = model, processor, recipe, stage, args, inherits
+        self.tokenizer = processor.tokenizer
+        self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        model.requires_grad_(True)
+        for part, module in (("vision", model.visual.blocks), ("vision", model.visual.patch_embed), ("vision", model.visual.pos_embed),
+                             ("projector", model.visual.merger), ("projector", model.visual.deepstack_merger_list)):
+            if part in args.freeze:
+                module.requires_grad_(False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+                  {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+
+    def generator(self, step):
+        """Random numbers for sampling in one step."""
+        seed = np.random.SeedSequence([self.args.seed, *self.stage.encode(), step]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    def lr(self, step):
+        r, warmup = self.recipe, max(1, round(self.recipe.warmup * self.recipe.steps))
+        if step < warmup:
+            return r.lr * (step + 1) / warmup
+        return r.lr_min + (r.lr - r.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, r.steps - warmup)))
+
+    def to_device(self, batch):
+        return {k: v.to(self.args.device, non_blocking=True) for k, v in batch.items()}
+
+    def autocast(self):
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.device == "cuda")
+
+    def update(self, jobs):
+        """One optimizer step over accumulated batches, jobs = [(batch, loss_of, weight)]: loss = Σ weight·loss_of(batch)."""
+        total = torch.zeros((), device=self.args.device)
+        for batch, loss_of, weight in jobs:
+            with self.autocast():
+                loss = loss_of(self.to_device(batch)) * weight
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+    def supervised(self, batches):
+        """Jobs for `update`: answer cross-entropy, each token weighted by the recipe's reduction (§4)."""
+        reduction = self.recipe.reduction
+
+        def loss_of(batch):
+            logits, token, sample = answer_logits(self.model, batch)
+            weight = sft_weights(sample, reduction)
+            return (F.cross_entropy(logits, token, reduction="none") * weight).sum() / weight.sum()
+        totals = [float(sft_weights(b["sample"][:, 1:][b["answer"][:, 1:]], reduction).sum()) for b in batches]
+        return [(batch, loss_of, total / sum(totals)) for batch, total in zip(batches, totals)]
+
+    def replay(self, data, step):
+        """Supervised jobs from earlier stages' data, added to an RL or OPD update."""
+        return self.supervised(data.batches(step, replace(self.recipe, packs=self.recipe.replay_packs))) if data.groups else []
+
+    def fit(self, step_of):
+        """Run step_of(step) → dict of figures (with "loss" and "tokens") for every step of the recipe, then save."""
+        state_file, first, seen = self.directory / "state.pt", 0, 0
+        if state_file.is_file():
+            state = torch.load(state_file, map_location=self.args.device, weights_only=True)
+            if state["recipe"] != repr(self.recipe):
+                raise UserError(f"{state_file}: was written with other settings; delete {self.directory} or use those settings")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            first, seen = state["step"], state["tokens"]
+            print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
+        self._cut_metrics(first)
+        bar = tqdm(range(first, self.recipe.steps), initial=first, total=self.recipe.steps, desc=f"{self.stage:>9}", mininterval=1)
+        saved, began = time.monotonic(), time.monotonic()
+        self.model.train()
+        for step in bar:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
+            figures = step_of(step)
+            seen += figures["tokens"]
+            figures = {"stage": self.stage, "step": step, "lr": self.lr(step), **figures}
+            if not math.isfinite(figures["loss"]):
+                raise UserError(f"{self.stage}: the loss is {figures['loss']} at step {step}; lower the learning rate (--lr)")
+            with open(self.metrics, "a") as f:
+                f.write(json.dumps(figures) + "\n")
+            bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if isinstance(v, float) and k != "lr"}, refresh=False)
+            if time.monotonic() - saved > self.args.save_every:
+                self._save_state(step + 1, seen)
+                saved = time.monotonic()
+        seconds = time.monotonic() - began
+        save_model(self.directory, self.model, self.tokenizer)
+        done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
+                "seconds": round(seconds, 1), "recipe": asdict(self.recipe)}
+        (self.directory / "stage.json").write_text(json.dumps(done, indent=1))
+        state_file.unlink(missing_ok=True)
+        self.model.eval()
+
+    def _save_state(self, step, tokens):
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step, "tokens": tokens,
+                 "recipe": repr(self.recipe)}
+        write_atomic(self.directory / "state.pt", lambda p: torch.save(state, p))
+
+    def _cut_metrics(self, first):
+        """Lines that a killed run wrote after its last checkpoint are written again: drop them."""
+        if self.metrics.is_file():
+            lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            keep = [x for x in lines if x["stage"] != self.stage or x["step"] < first]
+            write_atomic(self.metrics, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in keep)))
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+def train_supervised(trainer, data):
+    """base, teacher, cpt, sft: next token on the answers."""
+    loader = None
+    if trainer.args.workers:
+        state = trainer.directory / "state.pt"
+        first = torch.load(state, weights_only=True)["step"] if state.is_file() else 0
+        loader = iter(torch.utils.data.DataLoader(Loader(data, trainer.recipe, first), batch_size=None,
+                                                  num_workers=trainer.args.workers, prefetch_factor=4))
+
+    def step_of(step):
+        batches = next(loader) if loader else data.batches(step, trainer.recipe)
+        loss = trainer.update(trainer.supervised(batches))
+        return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
+    trainer.fit(step_of)
+
+
+def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
+    """GQA → M²LA (§3.2): stream moments over `steps` training steps, then rebuild each layer's attention."""
+    attention = [layer.self_attn for layer in model.language_model.layers]
+    with torch.no_grad(), Calibration(attention) as calibration:
+        for step in tqdm(range(steps), desc="  convert"):
+            for batch in data.batches(step, replace(recipe, packs=32)):
+                batch = {k: v.to(args.device) for k, v in batch.items()}
+                calibration.valid = batch["valid"]
+                model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])
+    for layer, moments in zip(model.language_model.layers, calibration.moments):
+        layer.self_attn = M2LA.from_gqa(layer.self_attn, moments, spec)
+    model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=(tuple(spec.ranks),) * model.cfg.layers)
+    return model
+
+
+def complete(prompt, ids):
+    """A prompt and the answer that was sampled for it → one conversation, the answer marked."""
+    n = len(ids)
+    more = prompt.next_position + torch.arange(n)
+    return Encoded(torch.cat([prompt.ids, torch.tensor(ids)]), torch.cat([prompt.positions, more.expand(3, n)], 1), prompt.patches,
+                   prompt.grids, torch.cat([torch.zeros(len(prompt.ids), dtype=torch.bool), torch.ones(n, dtype=torch.bool)]))
+
+
+def rollout(trainer, data, drawn, samples, generator, temperature, model=None):
+    """Sample answers of the trained model (or `model`) for every row. → rows, prompts, generations (row-major), roots"""
+    rows, prompts, roots = [], [], []
+    for group, root in drawn:
+        encoded = data.encode([{**row, "messages": row["messages"][:-1]} for row in group], root, generation=True)
+        if encoded:
+            rows, prompts, roots = rows + group, prompts + encoded, roots + [root] * len(group)
+    stop = trainer.tokenizer.token_id("<|im_end|>")
+    with trainer.autocast():
+        outs = generate(model or trainer.model, prompts, stop, 24, temperature, samples, generator)
+    return rows, prompts, outs, roots
+
+
+def packs_of(data, rows, samples, roots, per_row):
+    """Pack completed conversations of neighbouring rows that share their video."""
+    packs, start = [], 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or first_media(rows[end]) != first_media(rows[start]):
+            packs.append(data.pack(rows[start:end], samples[start * per_row:end * per_row], roots[start]))
+            start = end
+    return packs
+
+
+def score_text(trainer, generation):
+    return trainer.tokenizer.decode([i for i in generation.ids if i != trainer.tokenizer.token_id("<|im_end|>")])
+
+
+@torch.no_grad()
+def keep_rows(trainer, data, name, rule):
+    """Run a data filter once per stage and remember which rows it keeps (a resumed run reads the list)."""
+    path = trainer.directory / f"{name}.json"
+    if not path.is_file():
+        kept = rule()
+        write_atomic(path, lambda p: p.write_text(json.dumps(kept)))
+    kept = json.loads(path.read_text())
+    ids = set(kept["keep"])
+    data.groups = [(root, [g for g in ([r for r in rows if r["id"] in ids] for rows in groups) if g]) for root, groups in data.groups]
+    if not all(groups for _, groups in data.groups):
+        raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is too weak or too "
+                        f"strong for this data")
+    print(f"{trainer.stage}: {kept['note']}")
+
+
+def pool_of(data, limit):
+    """The first `limit` rows of a data set, as groups by video."""
+    drawn, count = [], 0
+    for root, groups in data.groups:
+        for rows in groups:
+            if count < limit:
+                drawn.append((rows, root))
+                count += len(rows)
+    return drawn
+
+
+def train_rl(trainer, data, replay):
+    """Rule-based RL with GSPO: sample a group per prompt, reward by rule, normalise in the group, clipped update."""
+    r, G = trainer.recipe, trainer.recipe.group
+    reference = build_model(trainer.model.cfg, trainer.tokenizer).to(trainer.args.device)
+    reference.load_state_dict(trainer.model.state_dict())                   # the SFT model; fit() may load a later state
+    reference.eval().requires_grad_(False)
+
+    def rule():
+        """§4: grounding where the policy's IoU is in [0.1, 0.7], multiple choice that is both right and wrong at T = 1."""
+        keep, looked = [], 0
+        for i, chunk in enumerate(tqdm(chunked(pool_of(data, r.pool), 8), desc="   filter")):
+            rows, _, outs, _ = rollout(trainer, data, chunk, 4, trainer.generator(10 ** 6 + i), r.temperature)
+            for k, row in enumerate(rows):
+                reward = np.mean([evaluation.reward(score_text(trainer, o), row) for o in outs[4 * k:4 * k + 4]])
+                low, high = (0.1, 0.7) if row["task"] == "grounding" else (0.01, 0.99)
+                keep += [row["id"]] * (low <= reward <= high)
+                looked += 1
+        return {"keep": keep, "looked_at": looked, "note": f"kept {len(keep)} of {looked} prompts (IoU in [0.1, 0.7], mixed answers)"}
+    keep_rows(trainer, data, "kept", rule)
+
+    def step_of(step):
+        trainer.model.eval()
+        rows, prompts, outs, roots = rollout(trainer, data, data.step(step, r.packs, r.branches), G, trainer.generator(step), r.temperature)
+        rewards = torch.tensor([evaluation.reward(score_text(trainer, o), rows[i // G]) for i, o in enumerate(outs)])
+        spread = rewards.view(-1, G).std(1, correction=0)
+        advantage = advantages(rewards, G)
+        live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
+        samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
+        live_advantage = advantage.view(-1, G)[live].view(-1)
+        figures = {"loss": 0.0, "reward": float(rewards.mean()), "spread": float(spread.mean()), "zero_spread": len(rows) - len(live),
+                   "length": float(np.mean([len(o.ids) for o in outs])), "kl": 0.0, "clipped": 0.0, "tokens": sum(len(s.ids) for s in samples)}
+        if not live:
+            return figures
+        packs = packs_of(data, [rows[i] for i in live], samples, [roots[i] for i in live], G)
+        starts = np.cumsum([0] + [int(p.branch.max()) for p in packs])
+        order = np.random.default_rng([trainer.args.seed, step]).permutation(len(packs))
+        logs = []
+        trainer.model.train()
+        minis = []
+        for part in np.array_split(order, min(r.updates, len(order))):      # old and reference before any update
+            batch = trainer.to_device(collate_packs([packs[i] for i in part]))
+            with torch.no_grad(), trainer.autocast():
+                old, ref = (token_logp(m, batch)[0] for m in (trainer.model, reference))
+            A = torch.cat([live_advantage[starts[i]:starts[i + 1]] for i in part]).to(trainer.args.device)
+            minis.append((batch, old, ref, A))
+        for batch, old, ref, A in minis:
+            def loss_of(batch, old=old, ref=ref, A=A):
+                logp, sample = token_logp(trainer.model, batch)
+                loss, k3, share = gspo_loss(logp, old, ref, sample, A, r.clip, r.kl)
+                logs.append((float(k3.detach()), float(share)))
+                return loss
+            figures["loss"] += trainer.update([(batch, loss_of, 1.0), *trainer.replay(replay, step)]) / len(minis)
+        figures["kl"], figures["clipped"] = np.mean(logs, 0).tolist()
+        return figures
+    trainer.fit(step_of)
+
+
+def token_logp(model, batch):
+    """→ fp32 log π of each answer token (n,), its conversation (n,)."""
+    logits, token, sample = answer_logits(model, batch)
+    return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0], sample
+
+
+def train_opd(trainer, data, replay, teacher_dir):
+    """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL."""
+    r = trainer.recipe
+    teacher, processor = load_model(teacher_dir, trainer.args.device)
+    if processor.tokenizer.tokens != trainer.tokenizer.tokens:
+        raise UserError(f"--teacher {teacher_dir}: its vocabulary differs from the student's; distillation compares token by token")
+    teacher.requires_grad_(False)
+
+    def rule():
+        """§4: rows that the teacher gets right, or clearly better, and the student does not; and half as many others.
+        Notes too in which kinds of question the teacher is ahead: that is where the test looks for the gap."""
+        gap, rest, kinds = [], [], defaultdict(list)
+        for chunk in tqdm(chunked(pool_of(data, r.pool), 8), desc="   filter"):
+            rewards = []
+            for model in (trainer.model, teacher):
+                rows, _, outs, _ = rollout(trainer, data, chunk, 1, None, 0.0, model)
+                rewards.append([evaluation.reward(score_text(trainer, o), row) for o, row in zip(outs, rows)])
+            for row, student, best in zip(rows, *rewards):
+                (gap if best > student + 0.1 else rest).append(row["id"])
+                kinds[row["kind"]].append(best - student)
+        looked = len(gap) + len(rest)
+        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap) // 2].tolist()
+        return {"keep": gap + others, "looked_at": looked, "kinds": sorted(k for k, v in kinds.items() if np.mean(v) > 0.05),
+                "note": f"kept {len(gap)} of {looked} prompts where the teacher is better, and {len(others)} others"}
+    keep_rows(trainer, data, "kept", rule)
+
+    def step_of(step):
+        trainer.model.eval()
+        rows, prompts, outs, roots = rollout(trainer, data, data.step(step, r.packs, r.branches), 1, trainer.generator(step), r.temperature)
+        packs = packs_of(data, rows, [complete(p, o.ids) for p, o in zip(prompts, outs)], roots, 1)
+        batches = micro_batches(packs, r.tokens)
+        trainer.model.train()
+
+        def loss_of(batch):
+            with torch.no_grad():
+                target = answer_logits(teacher, batch)[0]
+            return reverse_kl(answer_logits(trainer.model, batch)[0], target).mean()
+        weights = [float(b["answer"].sum()) for b in batches]
+        jobs = [(batch, loss_of, w / sum(weights)) for batch, w in zip(batches, weights)]
+        loss = trainer.update(jobs + trainer.replay(replay, step))
+        return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
+    trainer.fit(step_of)
+
+
+def chunked(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+# ------------------------------------------------------------------------------------------------- chain and command
+
+def initial_weights(recipe_stage, args):
+    """A fresh tiny GQA model. Tokens that spell the same word or number ("<12" of a timestamp, "12" of a question)
+    start from one shared random vector, as subwords of a large pretrained vocabulary are close to each other."""
+    data = args.data_dir / "vocab.json"
+    if not data.is_file():
+        raise UserError(f"{data}: no vocabulary; prepare the data first (python data/toy/prepare.py --out {args.data_dir})")
+    tokenizer = Tokenizer(json.loads(data.read_text()))
+    cfg = Config.preset(args.preset, vocab=len(tokenizer))
+    model = build_model(cfg, tokenizer)
+    generator = torch.Generator().manual_seed(args.seed)
+    model.init_weights(generator)
+    table, core = model.language_model.embed_tokens.weight.data, {}
+    for i, token in enumerate(tokenizer.tokens):
+        word = token.decode(errors="replace").strip(" <>().,:\n\"")
+        if word and word in core:
+            table[i] = 0.9 * table[core[word]] + 0.44 * table[i]
+        core.setdefault(word, i)
+    return model, Processor(tokenizer, cfg)
+
+
+def recipe_of(stage, args):
+    """The stage's recipe with the command's overrides."""
+    recipe = TINY[stage]
+    changes = {k: getattr(args, k) for k in ("steps", "lr", "packs", "branches", "tokens") if getattr(args, k) is not None}
+    if args.data:
+        changes["mix"] = {str(path): 1.0 for path in args.data}
+    return replace(recipe, **changes)
+
+
+def start_of(stage, args):
+    """The checkpoint a stage begins with: --init, or the one that the stage before left in --out."""
+    if args.init:
+        return find_model(args.init)
+    previous = PREVIOUS[stage]
+    if stage == "cpt" and args.attn == "m2la" and (args.out / "convert" / "config.json").is_file():
+        previous = "convert"
+    if not (args.out / previous / "config.json").is_file():
+        raise UserError(f"{args.out}: has no finished '{previous}' for stage '{stage}'; run it first or give --init DIR")
+    return args.out / previous
+
+
+def run_stage(stage, args):
+    """Train one stage and leave its checkpoint in --out/<stage>."""
+    recipe = recipe_of(stage, args)
+    if stage == "base":
+        start, (model, processor) = None, initial_weights(stage, args)
+    else:
+        start = start_of(stage, args)
+        model, processor = load_model(start)
+        print(f"{stage}: starts from {start} ({model.cfg.attn}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters)")
+    model.to(args.device)
+
+    def data(mix, name=stage):
+        return Data(args.data_dir, mix, processor, model.vision_ids, args.seed, name)
+    if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
+        convert_stage(model, processor, args)
+    elif stage in ("sft_short", "sft_long", "rl", "opd") and model.cfg.attn != args.attn:
+        raise UserError(f"{start}: attention is {model.cfg.attn}, this stage wants {args.attn}; run --stage cpt first or give --attn")
+    trainer = Trainer(model, processor, recipe, stage, args, start)
+    stage_data = data(recipe.mix)
+    if stage == "rl":
+        train_rl(trainer, stage_data, data(recipe.replay, stage + "-replay"))
+    elif stage == "opd":
+        train_opd(trainer, stage_data, data(recipe.replay, stage + "-replay"), find_model(args.teacher or args.out / "teacher"))
+    else:
+        train_supervised(trainer, stage_data)
+    if stage_data.skipped:
+        print(f"{stage}: skipped {sum(stage_data.skipped.values())} draws of unreadable videos; first: {next(iter(stage_data.skipped))}")
+    return model, processor
+
+
+def convert_stage(model, processor, args):
+    """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
+    data = Data(args.data_dir, TINY["cpt"].mix, processor, model.vision_ids, args.seed, "convert")
+    rows = load_rows(args.data_dir / "val.jsonl")
+
+    def held_out():
+        return evaluation.held_out_loss(model, processor, rows, args.data_dir)[0]
+    before, gqa_bytes = held_out(), model.cfg.layers and 2 * model.cfg.kv_heads * model.cfg.head_dim
+    convert(model, processor, data, args, TINY["cpt"])
+    after, values = held_out(), max(CONVERT.ranks) + CONVERT.rope_width
+    print(f"convert: {gqa_bytes} → {values} cached values per token and layer; held-out loss {before:.4f} → {after:.4f} nats")
+    if not after < before + args.max_damage:
+        raise UserError(f"convert: the held-out loss rose by {after - before:.3f} nats, more than --max-damage {args.max_damage}; "
+                        "calibrate on more data or raise the ranks")
+    save_model(args.out / "convert", model, processor.tokenizer)
+
+
+def prepare_data(args, pretrain=0):
+    """The toy world: real .mp4 files and JSONL under --out/data (data/toy/prepare.py), made once."""
+    command = [sys.executable, str(HERE / "data/toy/prepare.py"), "--out", str(args.data_dir), "--seed", str(args.seed),
+               "--scale", str(args.scale), "--pretrain", str(pretrain)]
+    if subprocess.run(command).returncode:
+        raise UserError("the toy data could not be prepared (see above)")
+
+
+def shipped(name, args):
+    """Copy the shipped base or teacher into the run; --base scratch trains them instead (about an hour on 2 cores)."""
+    if not (args.out / name / "config.json").is_file():
+        if args.base == "scratch":
+            run_stage(name, args)
+        else:
+            temporary = args.out / (name + ".tmp")
+            shutil.copytree(SHIPPED / name, temporary, dirs_exist_ok=True)
+            os.replace(temporary, args.out / name)
+
+
+def scores_of(stage, args):
+    """Test scores of a finished stage: {short, long, loss}; measured once and kept beside its weights."""
+    path = args.out / stage / "scores.json"
+    if not path.is_file():
+        model, processor = load_model(args.out / stage, args.device)
+        rows = load_rows(args.data_dir / "val.jsonl")
+        loss, table = evaluation.held_out_loss(model, processor, rows, args.data_dir, name=f"{stage} loss")
+        clips = [evaluation.clip_of(r) for r in rows]
+        scores = {"loss": loss, "loss_n": len(rows), "loss_ci": evaluation.interval(table, clips)}
+        if stage not in ("base", "convert", "cpt"):
+            for length in ("short", "long"):
+                scores[length] = evaluation.evaluate(model, processor, args.data_dir / f"test_{length}.jsonl",
+                                                     args.data_dir / f"sft_{length}.jsonl", seed=args.seed, model_dir=args.out / stage)
+        write_atomic(path, lambda p: p.write_text(json.dumps(scores)))
+    return json.loads(path.read_text())
+
+
+def whole_recipe(args):
+    """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
+    began = time.monotonic()
+    prepare_data(args, pretrain=args.pretrain if args.base == "scratch" else 0)
+    for name in ("base", "teacher"):
+        shipped(name, args)
+    scores = {"base": scores_of("base", args)}
+    for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
+        if not (args.out / stage / "config.json").is_file():
+            run_stage(stage, args)
+        if stage == "cpt":
+            scores["convert"] = scores_of("convert", args)
+        scores[stage] = scores_of(stage, args)
+    scores["teacher"] = scores_of("teacher", args)
+    agent_file = args.out / "opd" / "agent.json"
+    if not agent_file.is_file():
+        rows = load_rows(args.data_dir / "test_agent.jsonl")
+        agent = evaluation.evaluate_agent(*load_model(args.out / "opd"), rows, args.data_dir, jobs=args.jobs,
+                                          model_dir=args.out / "opd", seed=args.seed)
+        write_atomic(agent_file, lambda p: p.write_text(json.dumps(agent)))
+    results = assemble(scores, json.loads((args.out / "opd" / "kept.json").read_text())["kinds"], args)
+    results["agent"] = json.loads(agent_file.read_text())
+    evaluation.write_results(results, args.out)
+    evaluation.print_table(results)
+    print(f"\n{args.out}/results.json and results.md written; {(time.monotonic() - began) / 60:.1f} minutes in this run")
+
+
+def assemble(scores, gap_kinds, args):
+    """The stages' scores as results.json has them (one figure, its n and its interval side by side)."""
+    results = {"baselines": {length: scores["sft_short"][length]["baselines"] for length in ("short", "long")}}
+    for stage, score in scores.items():
+        results[stage] = {k: v for k, v in score.items() if k.startswith("loss")}
+        results[stage] |= {length: evaluation.stage_figures(score[length]) for length in ("short", "long") if length in score}
+    cfg = Config.load(args.out / "opd" / "config.json")
+    gqa = 2 * cfg.kv_heads * cfg.head_dim
+    values = sum(max(r) + cfg.rope_width for r in cfg.ranks) / cfg.layers if cfg.attn == "m2la" else gqa
+    results["convert"]["cache_ratio"] = values / gqa
+    # Share of the student-teacher gap that OPD closes, on test items of the kinds in which the *training* pool showed one.
+    rows = [r for length in ("short", "long") for r in load_rows(args.data_dir / f"test_{length}.jsonl") if r["kind"] in gap_kinds]
+    rewards = {stage: [scores[stage][length]["items"][r["id"]] for length in ("short", "long") for r in rows
+                       if r["id"] in scores[stage][length]["items"]] for stage in ("rl", "opd", "teacher")}
+    before, after, teacher = (np.array(rewards[stage]) for stage in ("rl", "opd", "teacher"))
+    if len(rows) and (teacher - before).sum() > 0:
+        clips = [evaluation.clip_of(r) for length in ("short", "long") for r in rows if r["id"] in scores["rl"][length]["items"]]
+        results["opd"] |= {"gap_closed": float((after - before).sum() / (teacher - before).sum()), "gap_closed_n": len(before),
+                           "gap_closed_ci": evaluation.interval(np.stack([after - before, teacher - before], 1), clips),
+                           "gap_kinds": gap_kinds, "gap": float((teacher - before).mean())}
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to run").add_argument
+    add("--stage", choices=["base", "teacher", "cpt", "sft", "rl", "opd"], help="one stage; without it the whole recipe, tiny")
+    add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
+    add("--attn", choices=["m2la", "gqa"], help="attention (default m2la; base and teacher are gqa)")
+    add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a checkpoint directory per stage, metrics, results")
+    add("--init", help="start from this checkpoint directory instead of the stage before in --out")
+    add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
+    add("--base", choices=["shipped", "scratch"], default="shipped", help="whole recipe: where base and teacher come from")
+    add("--preset", default="tiny", help="size of a base trained from scratch")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
+    add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
+    add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
+    add("--pretrain", type=int, default=2000, help="toy data: videos to pretrain a base on")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="steps of the stage (default: the recipe's)")
+    add("--lr", type=float, help="peak learning rate")
+    add("--packs", type=int, help="videos per step")
+    add("--branches", type=int, help="questions per video")
+    add("--tokens", type=int, help="padded tokens of one forward; a larger step is accumulated")
+    add("--freeze", default="", help="parts that are not trained: vision,projector")
+    add("--max-damage", type=float, default=0.3, help="conversion: largest rise of the held-out loss, nats")
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--workers", type=int, default=0, help="processes that prepare training batches (default 0: in this one)")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes of the agent's evaluation")
+    add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
+    args = parser.parse_args()
+    for name, least in (("steps", 1), ("packs", 1), ("branches", 1), ("tokens", 1), ("workers", 0), ("jobs", 1), ("save_every", 0), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr}: must be between 0 and 1")
+    args.freeze = [part for part in args.freeze.split(",") if part]
+    if set(args.freeze) - {"vision", "projector"}:
+        raise UserError(f"--freeze {','.join(args.freeze)}: parts are vision, projector")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    args.data_dir = args.data_dir or args.out / "data"
+    args.attn = args.attn or "m2la"
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.stage is None:
+        whole_recipe(args)
+    else:
+        run_stage(f"sft_{args.phase}" if args.stage == "sft" else args.stage, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
