@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -62,6 +63,8 @@ class Config:
     ranks: tuple = ()                        # M²LA: per layer (R_text, R_vision)
     min_volume: int = 1024                   # video size limits before encoding, frames × height × width
     max_volume: int = 25_165_824
+    min_pixels: int = 1024                   # image size limits, height × width
+    max_pixels: int = 16_777_216
 
     def __post_init__(self):
         for name in ("mrope_sections", "deepstack", "ranks"):            # JSON has lists; tuples compare and hash
@@ -70,6 +73,14 @@ class Config:
             raise UserError(f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
         if sum(self.mrope_sections) != self.head_dim // 2:
             raise UserError(f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
+        if self.heads % self.kv_heads:
+            raise UserError(f"config heads={self.heads}: must be a multiple of kv_heads={self.kv_heads}")
+        if len(self.deepstack) > self.layers or any(not 0 <= i < self.vision_layers for i in self.deepstack):
+            raise UserError(f"config deepstack={self.deepstack}: at most {self.layers} numbers of vision blocks, "
+                            f"0 to {self.vision_layers - 1}")
+        if self.attn == "m2la" and (len(self.ranks) != self.layers or self.rope_width < 2):
+            raise UserError(f"config attn='m2la': needs rope_width and {self.layers} pairs of ranks, one per layer; "
+                            f"has {self.rope_width} and {len(self.ranks)}")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -79,7 +90,10 @@ class Config:
 
     @classmethod
     def load(cls, path):
-        values = json.loads(Path(path).read_text())
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError as e:
+            raise UserError(f"{path}: not JSON ({e})") from e
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise UserError(f"{path}: unknown field {sorted(unknown)[0]!r}")
@@ -87,7 +101,7 @@ class Config:
 
 
 _QWEN = dict(vocab=151_936, head_dim=128, kv_heads=8, theta=5e6, mrope_sections=(24, 20, 20), patch=16, pos_side=48,
-             min_volume=4096)
+             min_volume=4096, min_pixels=65_536)
 _VIT_L = dict(vision_hidden=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, deepstack=(5, 11, 17))
 PRESETS = {
     "tiny": {},
@@ -197,8 +211,8 @@ class VisionTower(nn.Module):
             else:
                 runs.append([1, h, w])
         for n, h, w in runs:
-            pixels = patches[start:start + n * h * w].to(dtype) / 127.5 - 1
-            outs.append(self.encode_grid(pixels, n, h, w))
+            pixels = patches[start:start + n * h * w].float() / 127.5 - 1
+            outs.append(self.encode_grid(pixels.to(dtype), n, h, w))
             start += n * h * w
         return [torch.cat(parts) for parts in zip(*outs)]
 
@@ -304,7 +318,7 @@ class InternVideo3(nn.Module):
             x = x.masked_scatter(vision[..., None], tokens.to(x.dtype))
         rope = mrope(positions, cfg.head_dim, cfg.theta, cfg.mrope_sections)
         if cache is not None:
-            cache.begin(vision, torch.ones_like(vision) if valid is None else valid)
+            cache.begin(vision, valid)
         for i, layer in enumerate(lm.layers):
             attention = dict(rope=rope, vision=vision, mask=mask, cache=cache, layer=i)
             if self.checkpointing and self.training:
@@ -334,12 +348,17 @@ def probe(path):
     """Duration in seconds and frame rate of a video file, from its header."""
     with _open(path) as (container, stream):
         if stream.duration:
-            duration = float(stream.duration * stream.time_base)
+            duration = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(container)
         elif container.duration:
             duration = container.duration / av.time_base
         else:
             raise MediaError(f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)")
         return duration, float(stream.average_rate or 24)
+
+
+def _origin(container):
+    """Where the file's clock starts, in seconds; players (and subtitles) call this moment 0."""
+    return (container.start_time or 0) / av.time_base
 
 
 class _open:
@@ -381,35 +400,51 @@ def sample_times(start, end, fps, max_frames=None, pairs=False):
     return np.linspace(start, end - 1 / fps, max_frames)
 
 
+def _decode(path, start):
+    """Yield (time, frame) from the key frame before `start` on. A seek may land behind it, where a format has no index
+    (MPEG-TS): then from the beginning."""
+    for seek in (True, False) if start > 0 else (False,):
+        with _open(path) as (container, stream):
+            stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
+            origin = _origin(container)
+            if seek:
+                container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
+            for i, frame in enumerate(container.decode(stream)):
+                if seek and i == 0 and frame.time - origin > start + 1e-3:
+                    break
+                yield frame.time - origin, frame
+            else:
+                return
+
+
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=60.0):
     """Frames of [start, end) seconds at `fps` with their real times (see `sample_times`). Streams: decodes from the
     key frame before `start`, keeps only the wanted frames. Each wanted time gets the frame on screen at that time.
-    Raises MediaError (missing, broken, empty window, slower than `deadline` seconds)."""
+    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds)."""
     duration, _ = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if not (fps > 0 and end > start):
         raise MediaError(f"{path}: nothing to read in {start:g}–{end:g} s at {fps:g} fps (the video has {duration:.1f} s)")
     wanted = list(sample_times(start, end, fps, max_frames, pairs))
-    frames, times, last, limit = [], [], None, time.monotonic() + deadline
-    with _open(path) as (container, stream):
-        stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
-        if start > 0:
-            container.seek(int(start / stream.time_base), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            while len(frames) < len(wanted) and last is not None and frame.time > wanted[len(frames)] + 1e-3:
-                frames.append(last)
-                times.append(last.time)
-            if len(frames) == len(wanted):
-                break
-            last = frame
-            if time.monotonic() > limit:
-                raise MediaError(f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline")
-        while len(frames) < len(wanted) and last is not None:
+    frames, times, last, shown, limit = [], [], None, 0.0, time.monotonic() + deadline
+    for now, frame in _decode(path, start):
+        while len(frames) < len(wanted) and last is not None and now > wanted[len(frames)] + 1e-3:
             frames.append(last)
-            times.append(last.time)
-        if not frames:
-            raise MediaError(f"{path}: no frame could be decoded in {start:g}–{end:g} s")
-        pixels = {id(f): _rgb(f) for f in frames}
+            times.append(shown)
+        if len(frames) == len(wanted):
+            break
+        last, shown = frame, now
+        if time.monotonic() > limit:
+            raise MediaError(f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline")
+    if len(frames) < len(wanted) and last is not None:                       # the last frame stays on the screen
+        until = shown + float((last.duration or 0) * last.time_base)
+        if wanted[-1] > until + 1 + 0.05 * duration:
+            raise MediaError(f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?")
+        times += [shown] * (len(wanted) - len(frames))
+        frames += [last] * (len(wanted) - len(frames))
+    if not frames:
+        raise MediaError(f"{path}: no frame could be decoded in {start:g}–{end:g} s")
+    pixels = {id(f): _rgb(f) for f in frames}
     return Video(np.stack([pixels[id(f)] for f in frames]), np.asarray(times, dtype=np.float64))
 
 
@@ -442,12 +477,14 @@ def target_size(n, height, width, factor, min_volume, max_volume):
     return h, w
 
 
-def patchify(frames, cfg):
-    """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n."""
+def patchify(frames, cfg, image=False):
+    """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n.
+    An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, cfg.min_volume, cfg.max_volume)
+    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
+    size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, *limits)
     if size != tuple(x.shape[2:]):
         x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
     x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge, p=cfg.patch, q=cfg.patch)
@@ -488,7 +525,7 @@ class Tokenizer:
             if part in SPECIALS:
                 ids.append(self.token_id(part))
                 continue
-            data, i = part.encode(), 0
+            data, i = part.encode(errors="replace"), 0                       # a lone surrogate is no text: "?"
             while i < len(data):
                 size = next((n for n in self.longest.get(data[i:i + 2], ()) if data[i:i + n] in self.ids), 1)
                 ids.append(self.ids[data[i:i + size]])
@@ -541,7 +578,7 @@ class Processor:
             self.cache.move_to_end(key)
             return self.cache[key]
         if kind == "image":
-            patches, grid = patchify(read_image(key[0])[None], self.cfg)
+            patches, grid = patchify(read_image(key[0])[None], self.cfg, image=True)
             value = patches, grid, None, 1
         else:
             video = read_video(key[0], **options)
@@ -607,8 +644,12 @@ class _Writer:
 
     def finish(self, cfg):
         width = 3 * 2 * cfg.patch ** 2
+        pads = sum(self.ids.count(self.tokenizer.token_id(pad)) for pad in ("<|image_pad|>", "<|video_pad|>"))
+        if pads != sum(h * w for h, w in self.grids) // self.merge ** 2:
+            raise UserError("a text holds <|image_pad|> or <|video_pad|>, which stand for pixels: remove them")
         return Encoded(torch.tensor(self.ids, dtype=torch.long), torch.tensor(self.positions, dtype=torch.long).view(-1, 3).T,
-                       torch.cat(self.patches) if self.patches else torch.zeros(0, width, dtype=torch.uint8),
+                       torch.cat(self.patches) if len(self.patches) > 1 else self.patches[0] if self.patches
+                       else torch.zeros(0, width, dtype=torch.uint8),
                        torch.tensor(self.grids, dtype=torch.long).view(-1, 2), torch.tensor(self.answer, dtype=torch.bool),
                        self.frames)
 
@@ -624,7 +665,8 @@ def load_rows(path):
     if not path.is_file():
         raise UserError(f"{path}: no such data file")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):                     # splitlines() would split at U+2028 too
         if not line.strip():
             continue
         try:
@@ -660,18 +702,23 @@ def row_problem(row):
             kind = item.get("type") if isinstance(item, dict) else None
             if kind not in ("text", "image", "video") or not isinstance(item.get(kind), str):
                 return f"{where}: content must be a string or a list of text, image and video items"
+            for name, least in (("start", 0), ("end", 0), ("fps", 1e-3), ("max_frames", 1)):
+                value = item.get(name, least)
+                kinds = int if name == "max_frames" else (int, float)
+                if not isinstance(value, kinds) or not least <= value < math.inf:
+                    return f"{where}: '{name}' of the video is {value!r}: must be a number from {least} on"
     if not row["messages"] or row["messages"][-1]["role"] != "assistant":
         return "field 'messages' must end with the assistant's answer"
     answer = row.get("answer")
     if row["task"] == "mcq":
         options = row.get("options")
-        if not isinstance(options, list) or not 2 <= len(options) <= 26:
-            return "field 'options' must be a list of 2 to 26 options"
+        if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) for o in options):
+            return "field 'options' must be a list of 2 to 26 texts"
         if not (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options)):
             return f"field 'answer' is {answer!r}: must be the letter of an option"
     if row["task"] == "grounding":
         numbers = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
-        if not numbers or not 0 <= answer[0] < answer[1]:
+        if not numbers or not 0 <= answer[0] < answer[1] < math.inf:
             return f"field 'answer' is {answer!r}: must be [start, end] in seconds"
     return None
 
@@ -709,24 +756,55 @@ def sample_token(logits, temperature, generator=None):
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
+def group_prompts(batch, vision_ids):
+    """Neighbouring prompts about the same media → [(prompts, number of tokens they all begin with)]. A group's video is
+    prefilled once. The last token of a prompt is never shared: it has to be computed to predict from it."""
+    groups = []
+    for sample in batch:
+        vision = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero()
+        media_end, shared = (int(vision[-1]) + 1 if len(vision) else 0), len(sample.ids) - 1
+        if groups:
+            first, n = groups[-1][0][0], min(groups[-1][1], shared)
+            differ = (first.ids[:n] != sample.ids[:n]).nonzero()
+            n = int(differ[0]) if len(differ) else n
+            if 0 < media_end <= n and torch.equal(first.patches, sample.patches):
+                groups[-1] = (groups[-1][0] + [sample], n)
+                continue
+        groups.append(([sample], shared))
+    return groups
+
+
+@torch.no_grad()
+def prefill(model, batch, room, samples=1, pad=0):
+    """Fill a new cache with prompts (each `samples` times), every shared video once; leave `room` for more tokens.
+    → cache, hidden (B·samples, D) of each prompt's last token"""
+    groups = group_prompts(batch, model.vision_ids)
+    heads = [Encoded(g[0].ids[:n], g[0].positions[:, :n], g[0].patches, g[0].grids, g[0].answer[:n]) for g, n in groups]
+    tails = [Encoded(s.ids[n:], s.positions[:, n:], s.patches[:0], s.grids[:0], s.answer[n:]) for g, n in groups for s in g]
+    vision = max(int(s.grids.prod(1).sum()) // model.cfg.merge ** 2 for s in batch)
+    cache = model.new_cache(len(groups), max(len(s.ids) for s in batch) + room, vision)
+    model(**collate(heads, pad, model.device), cache=cache)
+    if len(groups) < len(batch):
+        cache = cache.expand(torch.tensor([len(g) for g, _ in groups], device=model.device))
+    inputs = collate(tails, pad, model.device)
+    hidden = model(**inputs, cache=cache)                                                        # (B,T,D)
+    last = hidden[torch.arange(len(batch), device=model.device), inputs["valid"].sum(1) - 1]
+    return (cache, last) if samples == 1 else (cache.expand(samples), last.repeat_interleave(samples, 0))
+
+
 @torch.no_grad()
 def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None, pad=0):
-    """Continue each Encoded of `batch` (ending in an open assistant turn) until the token `stop` or max_new tokens.
-    `samples` > 1: the prompt is prefilled once and its cache expanded. → Generation list, batch-major."""
+    """Continue each Encoded of `batch` (ending in an open assistant turn) until the token `stop` or max_new tokens,
+    `samples` times each. Prompts about one video should be neighbours. → Generation list, batch-major."""
     was_training, _ = model.training, model.eval()
-    inputs = collate(batch, pad, model.device)
-    valid = inputs["valid"]
-    vision = max(int(sum(model.cfg.merge ** -2 * h * w for h, w in s.grids.tolist())) for s in batch)
-    cache = model.new_cache(len(batch), valid.shape[1] + max_new, vision)
-    hidden = model(**inputs, cache=cache)                                                        # (B,T,D)
-    last = hidden[torch.arange(len(batch), device=model.device), valid.sum(1) - 1]               # (B,D)
-    if samples > 1:
-        cache, last = cache.expand(samples), last.repeat_interleave(samples, 0)
+    cache, last = prefill(model, batch, max_new, samples, pad)
     position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
     outs = [Generation() for _ in range(len(position))]
     done = torch.zeros(len(outs), dtype=torch.bool, device=model.device)
     for step in range(max_new):
-        token, logp = sample_token(model.logits(last), temperature, generator)
+        logits = model.logits(last)                                                              # (B,V)
+        logits[:, list(model.vision_ids)] = -torch.inf                 # a placeholder stands for pixels: not to write
+        token, logp = sample_token(logits, temperature, generator)
         for out, t, lp, finished in zip(outs, token.tolist(), logp.tolist(), done.tolist()):
             if not finished:
                 out.ids.append(t)
@@ -777,8 +855,8 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     model = build_model(cfg, tokenizer)
     try:
         state = torch.load(directory / "weights.pt", map_location="cpu", weights_only=True)
-    except (FileNotFoundError, RuntimeError, EOFError) as e:
-        raise UserError(f"{directory / 'weights.pt'}: cannot be read ({str(e).splitlines()[0]})") from e
+    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{directory / 'weights.pt'}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         have, want = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))

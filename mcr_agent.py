@@ -776,7 +776,7 @@ def describe(r):
 
 def read_trace(path):
     try:
-        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
         return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a trace of this agent ({e})") from e

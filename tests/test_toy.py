@@ -104,7 +104,7 @@ def test_splits_share_no_clip_and_facts_differ(world, rows):
     for name, part in rows.items():
         for row in part:
             if "clip" in row:
-                group = "test" if name.startswith("test") else name
+                group = {"glimpses": "pretrain", "near": "pretrain"}.get(name, name.split("_")[0] if name.startswith("test") else name)
                 assert owner.setdefault(row["clip"], group) == group
     drawn = [f.read_bytes() for f in world.rglob("*.mp4")]
     assert len(set(drawn)) == len(drawn) == len(owner)
@@ -151,7 +151,7 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 
 # ---- rows ----
 def test_schema(world, rows):
-    assert set(rows) == {"pretrain", "cpt", "sft_short", "sft_long", "rl", "val", "test_short", "test_long",
+    assert set(rows) == {"pretrain", "glimpses", "near", "cpt_text", "cpt_image", "cpt_video", "sft_short", "sft_long", "rl", "val", "test_short", "test_long",
                          "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
@@ -280,8 +280,14 @@ def test_agent_evidence(world, rows):
     for name, row in agent:
         if row["kind"] == "verify":
             video = row["messages"][0]["content"][0]
-            t = int(re.search(r"at (\d+) seconds", question(row))[1])
-            assert (video["start"] <= t < video["end"]) == (row["answer"] != "unclear")
+            if flash := re.search(r"between (\d+) and (\d+) seconds\? (\w+)", question(row)):
+                _, pixels = frames(world / row["clip"])
+                shown = range(max(video["start"], int(flash[1])), min(video["end"], int(flash[2])))
+                seen = {nearest(border(pixels[t * 4 + 1]), toy.FLASHES) for t in shown} - {None}
+                assert row["answer"] == ("unclear" if not seen else "support" if flash[3] in seen else "contradict")
+            else:
+                t = int(re.search(r"at (\d+) seconds", question(row))[1])
+                assert (video["start"] <= t < video["end"]) == (row["answer"] != "unclear")
             continue
         video = next(m for m in row["messages"] if m["role"] == "user")["content"][0]
         assert video["max_frames"] == 24 and video["pairs"]

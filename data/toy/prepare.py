@@ -57,12 +57,14 @@ TEXT = dict(
     order="Which of these appears first?", count="How many scenes show a {shape}?",
     brief="Which colour flashes between {a} and {b} seconds?", speech="Which word is said at {t} seconds?",
     fact="What does the shape at {t} seconds eat?", grounding="When is the {object} shown?",
-    span="From {a} to {b} seconds.", caption="Describe the video.", part="{a} to {b}: {scene}.",
+    span="From {a} to {b} seconds.", caption="Describe the video.", glimpses="Describe every second.", part="{a} to {b}: {scene}.",
     lookup="Describe {t} seconds.", find="Find the {object}.", found="{a} to {b}",
     tally="Count the {shapes}.", first="Which is earlier, {x} or {y}?",
     image="Describe the image.", still="{colour} {shape} on {background}",
     scene="{colour} {shape} moving {direction} on {background}", flash=" with a {flash} flash",
-    verify="Claim: at {t} seconds there is a {object}.\nAnswer support, contradict or unclear.",
+    claim_what="at {t} seconds there is a {object}.", claim_brief="{question} {flash}",
+    claim_direction="at {t} seconds there is a {object} moving {direction}.",
+    verify="Claim: {claim}\nAnswer support, contradict or unclear.",
     eats="The {object} eats {food}.", lives="The {object} lives in a {place}.",
     ask_eats="What does the {object} eat?", ask_lives="Where does the {object} live?",
     said="{a} to {b}: the word is {word}", silence="no speech between {a} and {b} seconds", error="error: ",
@@ -197,7 +199,7 @@ def cover(shape, x, y, r):
 
 def draw_scene(rng, scene, frames):
     """(frames, 32, 32, 3). Size, speed, place, tint and texture vary; what leaves comes back opposite."""
-    r, speed = rng.uniform(7, 9), rng.uniform(9, 15)  # pixels, pixels a second
+    r, speed = rng.uniform(8, 10), rng.uniform(9, 15)  # pixels, pixels a second
     ys, xs = np.mgrid[:SIZE, :SIZE] + 0.5
     step = np.array(DIRECTIONS[scene.direction]) * speed / FPS
     across = rng.uniform(r + 1, SIZE - r - 1)
@@ -332,18 +334,39 @@ class Asker:
             shape = pick(rng, [s for s in SHAPES if shown[s] == count])
             yield make("caption", "tally", video, tell("tally", shapes=SHAPES[shape]), str(count))
 
+    def glimpses(self):
+        """A line for every second, that is for every vision token at 2 fps: what the vision tower learns words from."""
+        clean = set(self.clip.seconds())
+        lines = [self.clip.phrase(t, t + 1) if t in clean else "-" for t in range(self.clip.duration)]
+        return make("caption", "glimpses", self.video(), TEXT["glimpses"], "\n".join(lines))
+
     def verify(self, n):
+        """Claims about a moment, judged from a window that shows it (support, contradict) or does not (unclear). Worded
+        as the agent words them when it looks at its evidence again."""
         rng, clip = self.rng, self.clip
-        for i in range(n):
-            verdict = ("support", "contradict", "unclear")[(self.index * n + i) % 3]
-            t, width = pick(rng, clip.seconds()), int(rng.integers(4, 9))
-            named = clip.scene(t).object
-            if verdict == "contradict":
-                named = pick(rng, [s.object for s in clip.scenes if s.object != named])
-            a = pick(rng, [a for a in range(clip.duration - width + 1)
-                           if (a <= t < a + width) != (verdict == "unclear")])
-            yield make("mcr", "verify", self.video(start=a, end=a + width),
-                       tell("verify", t=t, object=named), verdict)
+        for i in range(self.index * n, self.index * n + n):
+            verdict, kind = ("support", "contradict", "unclear")[i % 3], ("what", "direction", "brief")[i // 3 % 3]
+            t, width = pick(rng, list(clip.flashes) if kind == "brief" else clip.seconds()), int(rng.integers(1, 9))
+            scene, wrong = clip.scene(t), verdict == "contradict"
+            named, direction = scene.object, scene.direction
+            if kind == "brief":
+                a = max(0, min(t - int(rng.integers(8)), clip.duration - 8))
+                flash = pick(rng, [f for f in FLASHES if (f != clip.flashes[t]) == wrong])
+                claim = tell("claim_brief", question=tell("brief", a=a, b=a + 8), flash=flash)
+            elif kind == "direction":
+                direction = pick(rng, [d for d in DIRECTIONS if (d != direction) == wrong])
+                claim = tell("claim_direction", t=t, object=named, direction=direction)
+            else:
+                named = pick(rng, [s.object for s in clip.scenes if (s.object != named) == wrong])
+                claim = tell("claim_what", t=t, object=named)
+            a = pick(rng, [a for a in range(clip.duration - width + 1) if (a <= t < a + width) != (verdict == "unclear")])
+            yield make("mcr", "verify", self.video(start=a, end=a + width), tell("verify", claim=claim), verdict)
+
+    def open(self, kinds):
+        """Questions without options, answered by the word."""
+        for kind, t in zip(kinds, pick(self.rng, self.clip.seconds(), len(kinds))):
+            text, reply, _ = self.question(kind, t)
+            yield make("caption", "open", self.video(), text.partition("\nA. ")[0], reply.partition(" (")[0])
 
     def agent(self, kinds, exam=False):
         """Agent questions. For training: the oracle's rollout of each and, beside it, the question asked
@@ -440,7 +463,7 @@ def pieces():
     found |= {form.format(i) for i in range(181) for form in ("{}", "<{}")}
     found |= {f".{i}{end}" for i in range(10) for end in ("", " seconds>")}
     found |= {form.format(x) for x in "ABCD" for form in ("{}", "\n{}. ", " ({})")}
-    found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]"}
+    found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]", "-"}
     found |= {'\n{"name": "', '", "arguments": {', '\n{"name": "summarize", "arguments": {}}\n'}
     found |= {'"}}\n', "}}\n", "]]}}\n"}
     for tool, names in TOOLS.items():
@@ -453,13 +476,13 @@ def pieces():
 
 # ---- splits ----------------------------------------------------------------------------------------------
 SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
-    "pretrain": ("pretrain", "pretrain", 0, ["pretrain"]), "cpt": ("cpt", "short", 30, ["cpt"]),
+    "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "cpt": ("cpt", "short", 60, ["cpt_video"]),
     "sft": ("sft", "short", 600, ["sft_short"]), "sft_agent": ("sft", "long", 40, ["sft_short"]),
     "long": ("long", "long", 160, ["sft_long"]), "rl": ("rl", "short", 200, ["rl"]),
     "rl_long": ("rl", "long", 40, ["rl"]), "val": ("val", "short", 40, ["val"]),
     "test": ("test", "short", 100, ["test_short"]),
     "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
-TEXTS, IMAGES = 600, 1100  # rows of cpt; with 300 of video the paper's 30 : 55 : 15 (§4, share of samples)
+TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
 
 
 def rows_of(split, ask, i):
@@ -470,17 +493,20 @@ def rows_of(split, ask, i):
     if split == "pretrain":  # all rows have one window, so that they can be packed behind one video
         width = int(ask.rng.integers(12, 25))
         start = int(ask.rng.integers(ask.clip.duration - width + 1))
-        return [ask.dense(1, 10, 8, 3, 3, (start, start + width))]
+        near = int(ask.rng.integers(3, 9))  # look-ups are learned first where there is little to look through
+        begin = int(ask.rng.integers(ask.clip.duration - near + 1))
+        return [ask.dense(1, 10, 8, 3, 3, (start, start + width)), [ask.glimpses()],
+                ask.dense(1, 10, 3, 0, 1, (begin, begin + near))]
     if split in ("cpt", "val"):
         return [ask.dense(1, 4, 3, 1, 1)]
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
-        return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.dense(1, 3, 3, 1, 1)]]
+        return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 3)), *ask.dense(1, 3, 3, 1, 1)]]
     if split in ("rl", "rl_long", "test"):
         return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(4)]]
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)], agent]
-    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(2)]
+    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(3)]
     if split == "sft_agent":
         return [agent]
     return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *agent, *ask.dense(0, 2, 2, 0, 0)]]
@@ -540,14 +566,11 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
         for (_, _, split, *_), parts in zip(work, made):
             for name, rows in zip(SPLITS[split][3], parts):
                 files[name] += rows
-    counts = {"cpt": (round(TEXTS * scale), round(IMAGES * scale))} | {"pretrain": (pretrain, pretrain // 4)}
-    for k, (name, (texts, images)) in enumerate(counts.items()):
-        for i in range(texts):
-            row = text_row(np.random.default_rng([seed, 100 + k, i]))
-            files[name].append({"id": f"{name}-text-{i:05d}", **row})
-        for i in range(images):
-            row = image_row(np.random.default_rng([seed, 110 + k, i]), out, f"images/{name}_{i:05d}.png")
-            files[name].append({"id": f"{name}-image-{i:05d}", **row})
+    makers = (("cpt_text", round(TEXTS * scale), lambda rng, path: text_row(rng)),
+              ("cpt_image", round(IMAGES * scale), lambda rng, path: image_row(rng, out, path)))
+    for k, (name, count, make_row) in enumerate(makers):
+        files[name] = [{"id": f"{name}-{i:05d}", **make_row(np.random.default_rng([seed, 100 + k, i]), f"images/{i:05d}.png")}
+                       for i in range(count)]
     for name, rows in files.items():
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(out / "vocab.json", json.dumps(pieces(), indent=0))

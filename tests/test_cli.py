@@ -1,0 +1,196 @@
+"""The commands as a user runs them: help, mistakes (one line, exit code 2, nothing left behind), a first small run."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py"]
+TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+# Importing torch takes seconds: one process does it, and each command is a fork of that.
+SERVER = """
+import json, os, runpy, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import train
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(job["cwd"])
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(job[name], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
+        sys.argv, code = job["argv"], 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """command(cwd, "iv3.py", "--help") → exit code, stdout, stderr"""
+    logs = tmp_path_factory.mktemp("logs")
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True, env=ENV)
+
+    def call(cwd, file, *arguments):
+        job = {"cwd": str(cwd), "argv": [str(ROOT / file), *map(str, arguments)], "stdout": str(logs / "out"),
+               "stderr": str(logs / "err")}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return code, (logs / "out").read_text(), (logs / "err").read_text()
+    yield call
+    server.stdin.close()
+    assert server.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def world(command, tmp_path_factory):
+    """A folder with the smallest toy data and a run of two steps of `vision` and of `base`."""
+    cwd = tmp_path_factory.mktemp("cli")
+    code, out, err = command(cwd, "data/toy/prepare.py", "--out", "data", "--scale", 0.02, "--pretrain", 2, "--jobs", 1)
+    assert code == 0 and "sft_short.jsonl" in out, err
+    for stage in ("vision", "base"):
+        code, out, err = command(cwd, "train.py", "--stage", stage, "--steps", 2, *TRAIN)
+        assert code == 0, err
+    shutil.copytree(cwd / "runs" / "tiny" / "base", cwd / "wide")           # weights of another size than its config
+    config = json.loads((cwd / "wide" / "config.json").read_text())
+    (cwd / "wide" / "config.json").write_text(json.dumps({**config, "mlp": 400}))
+    (cwd / "broken.mp4").write_bytes(b"no video")
+    (cwd / "empty").mkdir()
+    rows = (cwd / "data" / "test_short.jsonl").read_text().splitlines()
+    (cwd / "bad.jsonl").write_text(rows[0] + "\n" + json.dumps({**json.loads(rows[1]), "task": "quiz"}) + "\n")
+    return cwd
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_help(file, command, tmp_path):
+    code, out, err = command(tmp_path, file, "--help")
+    assert code == 0 and err == "" and out.startswith(f"usage: {Path(file).name}") and "--" in out
+    assert not list(tmp_path.iterdir())
+
+
+VIDEO = "data/clips/test/00000.mp4"
+MISTAKES = [
+    (["iv3.py", "nowhere.mp4", "What?"], "nowhere.mp4: no such file"),
+    (["iv3.py", "broken.mp4", "What?"], "broken.mp4: not a readable video"),
+    (["iv3.py", VIDEO, "What?", "--start", "500"], "00000.mp4: nothing to read in 500"),
+    (["iv3.py", VIDEO, "What?", "--fps", "0"], "--fps"),
+    (["iv3.py", VIDEO, "What?", "--model", "absent"], "absent: no model found"),
+    (["iv3.py", VIDEO, "What is <|video_pad|>?"], "<|video_pad|>"),
+    (["iv3.py", VIDEO, "What?", "--model", "wide"], "wide/weights.pt: tensor language_model.layers.0.mlp"),
+    (["mcr_agent.py"], "give VIDEO"),
+    (["mcr_agent.py", "nowhere.mp4", "What?"], "nowhere.mp4"),
+    (["mcr_agent.py", VIDEO, "What?", "--calls", "-1"], "--calls -1"),
+    (["mcr_agent.py", VIDEO, "What?", "--trace", "absent/t.jsonl"], "absent/t.jsonl: no such folder"),
+    (["mcr_agent.py", "--replay", "bad.mp4"], "bad.mp4: not a trace"),
+    (["eval.py"], "--data F.jsonl"),
+    (["eval.py", "--data", "absent.jsonl"], "absent.jsonl: no such data file"),
+    (["eval.py", "--data", "bad.jsonl"], "bad.jsonl:2: field 'task' is 'quiz'"),
+    (["eval.py", "--data", "data/test_short.jsonl", "--limit", "0"], "--limit 0"),
+    (["eval.py", "--data", "data/test_short.jsonl", "--json", "absent/r.json"], "--json absent/r.json"),
+    (["train.py", "--stage", "base", "--out", "empty/a"], "empty/a: has no finished 'vision'"),
+    (["train.py", "--stage", "rl", *TRAIN], "runs/tiny: has no finished 'sft_long'"),
+    (["train.py", "--stage", "vision", "--out", "empty/b"], "empty/b/data/vocab.json"),
+    (["train.py", "--stage", "vision", "--preset", "huge", "--data-dir", "data", "--out", "empty/c"], "preset 'huge'"),
+    (["train.py", "--stage", "sft", "--init", "runs/tiny/base", *TRAIN], "runs/tiny/base: its attention is gqa"),
+    (["train.py", "--stage", "base", "--init", "absent", *TRAIN], "absent: no model found"),
+    (["train.py", "--stage", "teacher", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
+    (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
+    (["train.py", "--freeze", "all"], "--freeze all"),
+    (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
+    (["data/toy/prepare.py", "--out", "data", "--seed", "1"], "data/done.json"),
+    *([] if torch.cuda.is_available() else [(["train.py", "--device", "cuda"], "--device cuda")])]
+
+
+@pytest.mark.parametrize("arguments, named", MISTAKES, ids=[f"{a[0]}: {n}" for a, n in MISTAKES])
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments, named, command, world):
+    before = files(world)
+    code, _, err = command(world, *arguments)
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and named in err, err
+    assert files(world) == before
+
+
+def test_a_run_is_asked_for_when_there_is_none(command, world):
+    code, _, err = command(world / "empty", "iv3.py", "../" + VIDEO, "What?")
+    assert code == 2 and err == "error: runs/: no model found; train one with `python train.py` or give --model DIR\n"
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["train.py", "--stage", "pretrain"], "--stage"), (["train.py", "--steps", "many"], "--steps"),
+    (["eval.py", "--nothing"], "--nothing"), (["iv3.py", "v.mp4"], "question")])
+def test_flags_that_do_not_exist_are_named(arguments, named, command, tmp_path):
+    code, _, err = command(tmp_path, *arguments)
+    last = err.splitlines()[-1]
+    assert code == 2 and "error: " in last and named in last and not list(tmp_path.iterdir())
+
+
+def test_a_stage_leaves_a_checkpoint_its_record_and_metrics(world):
+    for stage in ("vision", "base"):
+        names = {p.name for p in (world / "runs" / "tiny" / stage).iterdir()}
+        assert names == {"config.json", "stage.json", "vocab.json", "weights.pt"}
+    record = json.loads((world / "runs" / "tiny" / "base" / "stage.json").read_text())
+    assert record["inherits"] == "runs/tiny/vision" and record["recipe"]["steps"] == 2 and record["tokens"] > 0
+    lines = [json.loads(line) for line in (world / "runs" / "tiny" / "metrics.jsonl").open()]
+    assert [(x["stage"], x["step"]) for x in lines] == [(s, i) for s in ("vision", "base") for i in range(2)]
+
+
+def test_asking_about_a_video(command, world):
+    code, out, err = command(world, "iv3.py", VIDEO, "What is shown at 3 seconds?", "--max-new", 5, "--max-frames", 8)
+    assert code == 0 and err == "" and out.endswith("\n")
+
+
+def test_the_agent_writes_a_trace_that_can_be_replayed(command, world):
+    code, out, err = command(world, "mcr_agent.py", VIDEO, "What is shown at 3 seconds?", "--calls", 2, "--turn", 12,
+                             "--options", "red circle", "blue star", "--trace", "t.jsonl", "--html", "t.html")
+    assert code == 0 and err == "", err
+    records = [json.loads(line) for line in (world / "t.jsonl").open()]
+    assert len(records) > 1 and (world / "t.html").read_text().lstrip().lower().startswith("<!doctype html")
+    again = command(world, "mcr_agent.py", "--replay", "t.jsonl")
+    assert again == (0, out, "")
+
+
+def test_scoring_a_file(command, world):
+    code, out, err = command(world, "eval.py", "--data", "data/test_short.jsonl", "--limit", 4, "--max-new", 4,
+                             "--json", "scores.json")
+    assert code == 0 and out, err
+    assert json.loads((world / "scores.json").read_text())
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
+    """A process of its own, started from another folder as a user would."""
+    arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "vision", "--steps", "20", "--save-every", "0",
+                 "--data-dir", "data", "--out", "stopped", "--packs", "1"]
+    process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, limit = world / "stopped" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert not (world / "stopped" / "vision" / "config.json").exists()
+    again = subprocess.run(arguments, cwd=world, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and "resuming at step" in again.stdout
+    assert [json.loads(x)["step"] for x in metrics.open()] == list(range(20))

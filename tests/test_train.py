@@ -1,0 +1,452 @@
+"""The trainer: packing changes no loss, losses equal their formulas, a killed run goes on bit for bit."""
+import importlib.util
+import json
+import math
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import iv3
+import train
+from iv3 import Config, Encoded, Processor, Tokenizer, UserError
+from train import Data, Recipe, Trainer
+
+SCRIPT = Path(__file__).parents[1] / "data" / "toy" / "prepare.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny steps gain nothing from a second thread, and wait for it when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy world at its smallest."""
+    spec = importlib.util.spec_from_file_location("toy_prepare_for_train", SCRIPT)
+    prepare = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    out = tmp_path_factory.mktemp("toy_train")
+    prepare.prepare(out, scale=0.02)
+    return out
+
+
+def random_model(cfg, tokenizer, seed=0):
+    model = iv3.build_model(cfg, tokenizer)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return Tokenizer(json.loads((toy / "vocab.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    """The tiny preset, GQA."""
+    return Config.preset("tiny", vocab=len(tokenizer))
+
+
+@pytest.fixture(scope="module", params=["gqa", "m2la"])
+def model(request, tiny, tokenizer):
+    latent = dict(attn="m2la", rope_width=32, ranks=((40, 32),) * tiny.layers) if request.param == "m2la" else {}
+    return random_model(replace(tiny, **latent), tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tiny, tokenizer):
+    return Processor(tokenizer, tiny)
+
+
+def data_of(toy, processor, mix, seed=0, stage="test"):
+    ids = [processor.tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
+    return Data(toy, mix if isinstance(mix, dict) else {mix: 1.0}, processor, ids, seed, stage)
+
+
+# ----------------------------------------------------------------------------------------- packing: a tree is no change
+
+def views(rows):
+    """Rollouts whose tool turns show videos of their own."""
+    return [r for r in rows if any(m["role"] == "tool" and not isinstance(m["content"], str) for m in r["messages"])]
+
+
+def groups_of(toy, processor, kind):
+    """Two packs' worth of rows: [(rows, root), …], the packs of different length."""
+    name, pick = {"text": ("cpt_text.jsonl", list), "image": ("cpt_image.jsonl", list),
+                  "video": ("sft_short.jsonl", list), "rollouts": ("sft_long.jsonl", views)}[kind]
+    (root, groups), = data_of(toy, processor, name).groups
+    picked = [(pick(g)[:n], root) for g, n in zip([g for g in groups if pick(g)], (5, 3, 4))]
+    if kind == "text":
+        picked = [(groups[0][:3], root), (groups[0][3:5], root)]
+    assert all(rows for rows, _ in picked) and len(picked) > 1
+    return picked
+
+
+@torch.no_grad()
+def alone(model, sample):
+    """Logits that predict the answer tokens of one conversation, and those tokens; nothing packed."""
+    hidden = model(sample.ids[None], sample.positions[:, None], sample.patches, sample.grids)
+    at = sample.answer.nonzero()[:, 0]
+    return model.logits(hidden[0, at - 1]), sample.ids[at]
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video", "rollouts"])
+@torch.no_grad()
+def test_packed_loss_equals_that_of_separate_samples(kind, model, toy, processor):
+    data = data_of(toy, processor, "sft_short.jsonl")
+    packs, separate = [], []
+    for rows, root in groups_of(toy, processor, kind):
+        samples = data.encode(rows, root)
+        packs.append(data.pack(rows, samples, root))
+        separate += [alone(model, s) for s in samples]
+    batch = train.collate_packs(packs)
+    logits, token, sample = train.answer_logits(model, batch)
+    assert torch.equal(torch.bincount(sample), torch.tensor([len(ids) for _, ids in separate]))
+    for i, (expected, ids) in enumerate(separate):
+        assert torch.equal(token[sample == i], ids)
+        torch.testing.assert_close(logits[sample == i], expected, atol=1e-4, rtol=1e-4)
+    expected = F.cross_entropy(torch.cat([x for x, _ in separate]), torch.cat([ids for _, ids in separate]))
+    torch.testing.assert_close(F.cross_entropy(logits, token), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_video_shared_by_a_pack_is_held_once(toy, processor):
+    (rows, root), *_ = groups_of(toy, processor, "video")
+    data = data_of(toy, processor, "sft_short.jsonl")
+    samples = data.encode(rows, root)
+    pack = data.pack(rows, samples, root)
+    assert len(rows) == 5 and torch.equal(pack.patches, samples[0].patches)
+    assert len(pack.ids) < sum(len(s.ids) for s in samples) / 2
+
+
+@torch.no_grad()
+def test_branches_do_not_see_each_other(model, toy, processor):
+    """Other tokens and other pixels in the second conversation leave the first and the third as they are."""
+    (rows, root), = groups_of(toy, processor, "rollouts")[:1]
+    data = data_of(toy, processor, "sft_long.jsonl")
+    rows = (rows * 3)[:3]
+    pack = data.pack(rows, data.encode(rows, root), root)
+    own = torch.isin(pack.ids, torch.tensor(model.vision_ids)) & (pack.branch == 2)
+    first = int((torch.isin(pack.ids, torch.tensor(model.vision_ids)) & (pack.branch < 2)).sum()) * 4     # its patches
+    changed = replace(pack, ids=pack.ids.clone(), patches=pack.patches.clone())
+    changed.ids[(pack.branch == 2) & pack.answer] = 70
+    changed.patches[first:first + 4 * int(own.sum())] += 77
+    before, after = (train.answer_logits(model, train.collate_packs([p])) for p in (pack, changed))
+    for i in range(3):
+        same = torch.allclose(before[0][before[2] == i], after[0][after[2] == i], atol=1e-5)
+        assert same == (i != 1), f"conversation {i}"
+
+
+@torch.no_grad()
+def test_conversations_that_differ_before_their_video_can_share_a_pack(model, toy, processor):
+    """A system prompt before one of them: nothing is shared then, and the loss is still that of separate samples."""
+    (rows, root), *_ = groups_of(toy, processor, "video")
+    rows = [rows[0], {**rows[1], "messages": [{"role": "system", "content": "You look."}, *rows[1]["messages"]]}]
+    data = data_of(toy, processor, "sft_short.jsonl")
+    samples = data.encode(rows, root)
+    logits, token, sample = train.answer_logits(model, train.collate_packs([data.pack(rows, samples, root)]))
+    for i, s in enumerate(samples):
+        torch.testing.assert_close(logits[sample == i], alone(model, s)[0], atol=1e-4, rtol=1e-4)
+
+
+def encoded(length, prefix=4, seed=0):
+    """A text conversation of `length` tokens, of which the first `prefix` are the same in all."""
+    own = torch.randint(30, 200, (length - prefix,), generator=torch.Generator().manual_seed(seed))
+    patches, grids = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.long)
+    return Encoded(torch.cat([torch.arange(20, 20 + prefix), own]), torch.arange(length).expand(3, -1), patches, grids,
+                   torch.arange(length) >= length - 2)
+
+
+def test_micro_batches_hold_every_pack_once_within_the_limit():
+    packs = [train.make_pack([encoded(n, seed=n)], 0, (1, 2)) for n in (50, 9, 30, 31, 12, 200, 33)]
+    batches = train.micro_batches(packs, 100)
+    assert all(b["ids"].numel() <= 100 or len(b["ids"]) == 1 for b in batches) and len(batches) < 7
+    lengths = sorted(int(n) for b in batches for n in b["valid"].sum(1))
+    assert lengths == [9, 12, 30, 31, 33, 50, 200]
+    for b in batches:
+        assert b["sample"].max(1).values.tolist() == list(range(len(b["ids"])))
+        assert not b["answer"][~b["valid"]].any() and (b["sample"][~b["valid"]] == -1).all()
+
+
+def test_the_answer_after_a_sampled_continuation_is_marked():
+    prompt = encoded(6)
+    done = train.complete(replace(prompt, answer=torch.zeros(6, dtype=torch.bool)), [7, 8, 9])
+    assert done.ids.tolist() == prompt.ids.tolist() + [7, 8, 9] and done.answer.tolist() == [False] * 6 + [True] * 3
+    assert done.positions[:, 6:].tolist() == [[6, 7, 8]] * 3
+
+
+# ------------------------------------------------------------------------------------------------------ losses by hand
+
+def test_square_root_weighting_by_hand():
+    sample = torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    assert train.sft_weights(sample, "mean").tolist() == [1] * 7
+    torch.testing.assert_close(train.sft_weights(sample, "square"), torch.tensor([0.5] * 4 + [1] + [0.5 ** 0.5] * 2))
+
+
+def test_sequence_mean_and_advantages_by_hand():
+    mean = train.sequence_mean(torch.tensor([1.0, 3, 10]), torch.tensor([0, 0, 2]), 3)
+    assert mean.tolist() == [2, 0, 10]
+    got = train.advantages(torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 0.5, 0.5, 1, 0, 0, 0]), 4)
+    s = math.sqrt(3) / 4 + 1e-4                                              # std of one 1 and three 0
+    a = 0.5 / 0.5001
+    expected = [a, -a, -a, a, 0, 0, 0, 0, 0.75 / s, -0.25 / s, -0.25 / s, -0.25 / s]
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shift, advantage, value, cut", [
+    (0.1, 1.0, -1.2, True),                  # s = e^.2 = 1.221 is above 1.2: clipped, no gradient
+    (0.1, -1.0, None, False),                # the same ratio of a bad answer is not: it must come down
+    (-0.3, -1.0, 0.9, True),                 # s = e^-.6 = 0.549 is below 0.9: avoided enough
+    (-0.3, 1.0, None, False)])
+def test_gspo_clips_either_side(shift, advantage, value, cut):
+    """One answer of two tokens, whose log-ratios average 2·shift. Range [1 − 0.1, 1 + 0.2]; no KL term."""
+    old = torch.tensor([-1.0, -2.0])
+    logp = (old + torch.tensor([3 * shift, shift])).requires_grad_()
+    loss, _, share = train.gspo_loss(logp, old, old, torch.tensor([0, 0]), torch.tensor([advantage]), (0.1, 0.2), 0.0)
+    ratio = math.exp(2 * shift)
+    assert loss.item() == pytest.approx(-ratio * advantage if value is None else value, rel=1e-5)
+    assert share.item() == cut
+    loss.backward()
+    slope = 0 if cut else -ratio * advantage / 2                             # ds/dlogp_t = s / |y|
+    assert logp.grad.tolist() == pytest.approx([slope] * 2, rel=1e-5)
+
+
+def test_gspo_by_hand():
+    """Two answers, of 2 tokens and of 1, inside the clip range, with the KL term."""
+    logp, old = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.1, -1.95, -0.5])
+    ref = torch.tensor([-1.0, -1.5, -0.7])
+    sample, advantage = torch.tensor([0, 0, 1]), torch.tensor([2.0, -1.0])
+    loss, k3, share = train.gspo_loss(logp, old, ref, sample, advantage, (0.2, 0.2), 0.03)
+    s = math.exp((0.1 - 0.05) / 2)
+    d = [0, math.exp(0.5) - 0.5 - 1, math.exp(-0.2) + 0.2 - 1]
+    expected_k3 = ((d[0] + d[1]) / 2 + d[2]) / 2
+    assert k3.item() == pytest.approx(expected_k3, rel=1e-5) and share.item() == 0
+    assert loss.item() == pytest.approx(-(2 * s - 1) / 2 + 0.03 * expected_k3, rel=1e-5)
+
+
+def test_the_kl_estimate_is_never_negative_and_zero_at_equality():
+    g = torch.Generator().manual_seed(0)
+    logp, ref = -3 * torch.rand(2, 500, generator=g)
+    one = torch.zeros(1, dtype=torch.long), torch.ones(1), (0.1, 0.1), 1.0
+    for p, q in zip(logp.split(1), ref.split(1)):
+        assert train.gspo_loss(p, p, q, *one)[1] > 0 and train.gspo_loss(p, p, p, *one)[1] == 0
+
+
+def test_reverse_kl_is_torchs():
+    student, teacher = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(0)) * 3
+    pi, pi_t = (torch.distributions.Categorical(logits=x) for x in (student, teacher))
+    reverse, forward = torch.distributions.kl_divergence(pi, pi_t), torch.distributions.kl_divergence(pi_t, pi)
+    torch.testing.assert_close(train.reverse_kl(student, teacher), reverse, atol=1e-5, rtol=1e-5)
+    assert train.reverse_kl(student, student + 5).abs().max() < 1e-6         # logits are known up to a constant
+    assert (reverse - forward).abs().max() > 0.1                             # the test can tell them apart
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+MIX = {"sft_short.jsonl": 0.7, "sft_long.jsonl": 0.3}
+
+
+def draw(data, step, packs=6, branches=4):
+    return [([r["id"] for r in rows], str(root)) for rows, root in data.step(step, packs, branches)]
+
+
+def test_a_step_is_a_pure_function_of_seed_stage_and_number(toy, processor):
+    one, other = data_of(toy, processor, MIX), data_of(toy, processor, MIX)
+    forward, backward = [draw(one, n) for n in range(8)], [draw(other, n) for n in reversed(range(8))]
+    assert forward == backward[::-1] and len({str(x) for x in forward}) == 8
+    for other in (dict(seed=1), dict(stage="other")):
+        assert draw(data_of(toy, processor, MIX, **other), 0) != forward[0]
+
+
+def test_packs_are_rows_about_one_video_in_the_shares_of_the_mix(toy, processor):
+    data, shares = data_of(toy, processor, MIX), []
+    for step in range(40):
+        for rows, _ in data.step(step, 6, 4):
+            assert 1 <= len(rows) <= 4 and len({json.dumps(train.first_media(r)) for r in rows}) == 1
+            assert len({r["id"] for r in rows}) == len(rows)
+            shares.append(rows[0]["id"].startswith("sft_short"))
+    assert np.mean(shares) == pytest.approx(0.7, abs=0.1)
+
+
+def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
+    rows = [json.loads(line) for line in (toy / "sft_short.jsonl").open()]
+    rows = [r for r in rows if r["id"].endswith(("-00", "-01"))][:24]        # of twelve videos
+    for row in rows:                                                         # absolute paths: the file lives elsewhere
+        train.first_media(row)["video"] = str(toy / train.first_media(row)["video"])
+    bad = json.loads(json.dumps(rows[0]))
+    train.first_media(bad)["video"] = "broken.mp4"
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, *[bad] * 3]))
+    data = data_of(tmp_path, processor, "d.jsonl")
+    recipe = Recipe({}, steps=1, lr=1.0, packs=4, branches=2)
+    drawn = sum(train.first_media(r[0])["video"] == "broken.mp4" for n in range(6) for r, _ in data.step(n, 4, 2))
+    sizes = [sum(len(b["ids"]) for b in data.batches(n, recipe)) for n in range(6)]
+    assert 0 < drawn < 24 and sum(sizes) == 24 - drawn
+    assert sum(data.skipped.values()) == drawn and "broken.mp4" in next(iter(data.skipped))
+    only = tmp_path / "only.jsonl"
+    only.write_text(json.dumps(bad) + "\n")
+    with pytest.raises(UserError, match="broken.mp4"):
+        data_of(tmp_path, processor, "only.jsonl").batches(0, recipe)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+def arguments(out, **changes):
+    return SimpleNamespace(**{**dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0), **changes})
+
+
+def trainer_of(out, tiny, tokenizer, stage="sft_short", **changes):
+    small = dict(steps=6, lr=1e-3, packs=4, branches=1, group=4, updates=2, pool=17, replay_packs=1)
+    recipe = Recipe({}, **{**small, **changes})
+    model = random_model(tiny, tokenizer)
+    return Trainer(model, Processor(tokenizer, tiny), recipe, stage, arguments(out))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "square"])
+def test_accumulated_gradients_are_those_of_one_batch(reduction, tiny, tokenizer, processor, toy, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, tokenizer, reduction=reduction)
+    data = data_of(toy, processor, MIX)
+    drawn = [(rows, data.encode(rows, root), root) for rows, root in data.step(0, 4, 3)]
+    packs = [data.pack(*d) for d in drawn]
+    results = []
+    for limit in (10 ** 6, 1):
+        jobs = trainer.supervised(train.micro_batches(packs, limit))
+        loss = sum(loss_of(batch) * weight for batch, loss_of, weight in jobs)
+        loss.backward()
+        results.append((len(jobs), loss.item(), torch.cat([p.grad.flatten() for p in trainer.parameters])))
+        trainer.model.zero_grad()
+    assert [n for n, *_ in results] == [1, 4] and results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    torch.testing.assert_close(results[0][2], results[1][2], atol=1e-5, rtol=1e-3)
+
+
+def test_training_lowers_the_loss_and_leaves_frozen_parts(tiny, tokenizer, processor, toy, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, tokenizer, freeze=("vision",), warmup=0.0)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    batches = data_of(toy, processor, "sft_short.jsonl").batches(0, trainer.recipe)
+    losses = [trainer.update(trainer.supervised(batches)) for _ in range(12)]
+    assert losses[-1] < 0.6 * losses[0]
+    moved = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    frozen = {k for k in before if k.startswith(("visual.blocks", "visual.patch_embed", "visual.pos_embed"))}
+    assert not moved & frozen and {"visual.merger.linear_fc1.weight", "language_model.embed_tokens.weight"} <= moved
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, tokenizer, warmup=1 / 3, lr_min=1e-4)
+    rates = [trainer.lr(step) for step in range(7)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2, 5.5e-4,
+                                   1e-4 + 9e-4 * (1 - math.cos(math.pi / 4)) / 2, 1e-4])
+
+
+def run(stage, out, tiny, processor, toy, teacher=None):
+    trainer = trainer_of(out, tiny, processor.tokenizer, stage)
+    data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
+    replay = data_of(toy, processor, "sft_short.jsonl", stage=stage + "-replay")
+    if stage == "rl":
+        train.train_rl(trainer, data, replay)
+    elif stage == "opd":
+        train.train_opd(trainer, data, replay, teacher)
+    else:
+        train.train_supervised(trainer, data)
+    return trainer
+
+
+@pytest.fixture
+def stub_reward(monkeypatch):
+    """An untrained model's answers are all wrong; rewards that vary let the filters keep something."""
+    def reward(text, row):
+        return zlib.crc32(f"{text}{row['id']}".encode()) % 64 / 100
+    monkeypatch.setattr(train.evaluation, "reward", reward)
+
+
+@pytest.mark.parametrize("stage", ["cpt", "rl", "opd"])
+def test_a_killed_run_goes_on_bit_for_bit(stage, tiny, tokenizer, processor, toy, tmp_path, monkeypatch, stub_reward,
+                                          capsys):
+    """Killed in step 4 (in rl between its two updates), the last checkpoint two steps earlier."""
+    teacher = random_model(tiny, tokenizer, seed=1)
+    teacher.language_model.norm.weight.data.neg_()            # an untrained model repeats its last token; not this one
+    iv3.save_model(tmp_path / "teacher", teacher, tokenizer)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(stage, whole, tiny, processor, toy, tmp_path / "teacher")
+    assert not (whole / stage / "state.pt").exists()
+    save, update, calls = Trainer._save_state, Trainer.update, []
+
+    def dies(self, jobs):
+        calls.append(len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0)
+        if calls.count(4) == (2 if stage == "rl" else 1):
+            raise KeyboardInterrupt
+        return update(self, jobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dies)
+        patch.setattr(Trainer, "_save_state", lambda self, step, *rest: save(self, step, *rest) if step == 2 else None)
+        with pytest.raises(KeyboardInterrupt):
+            run(stage, killed, tiny, processor, toy, tmp_path / "teacher")
+    assert not (killed / stage / "config.json").exists()                     # an unfinished stage is no checkpoint
+    assert len((killed / "metrics.jsonl").read_text().splitlines()) == 4
+    run(stage, killed, tiny, processor, toy, tmp_path / "teacher")
+    assert f"{stage}: resuming at step 2 of 6" in capsys.readouterr().out
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [json.loads(x)["step"] for x in (whole / "metrics.jsonl").open()] == list(range(6))
+    first, second = (torch.load(out / stage / "weights.pt") for out in (whole, killed))
+    start = random_model(tiny, tokenizer).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], start[k]) for k in first)
+
+
+def test_other_settings_do_not_resume_a_run(tiny, tokenizer, toy, tmp_path):
+    trainer = trainer_of(tmp_path, tiny, tokenizer)
+    trainer._save_state(2, 100)
+    with pytest.raises(UserError, match="state.pt: was written with other settings"):
+        trainer_of(tmp_path, tiny, tokenizer, packs=3).fit(lambda step: None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(tiny, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="sft_short: the loss is nan at step 0"):
+        trainer_of(tmp_path, tiny, tokenizer).fit(lambda step: {"loss": math.nan, "tokens": 1})
+    assert not (tmp_path / "sft_short" / "config.json").exists()
+
+
+def test_rl_counts_groups_without_spread(tiny, processor, toy, tmp_path, monkeypatch):
+    """All rewards equal: no advantage, no gradient, weights stay."""
+    monkeypatch.setattr(train.evaluation, "reward", lambda text, row: 0.5)
+    trainer = run("rl", tmp_path, tiny, processor, toy)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+    assert all(x["zero_spread"] > 0 and x["loss"] == 0 and x["spread"] == 0 for x in lines)
+    start = random_model(tiny, processor.tokenizer).state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_a_filter_that_keeps_nothing_says_so(tiny, processor, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.evaluation, "reward", lambda text, row: 0.0)
+    with pytest.raises(UserError, match="rl: the data filter kept none of"):
+        run("rl", tmp_path, tiny, processor, toy)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tiny, tokenizer, processor, toy, tmp_path):
+    other = Tokenizer(tokenizer.pieces[1:])
+    iv3.save_model(tmp_path / "teacher", random_model(replace(tiny, vocab=len(other)), other), other)
+    with pytest.raises(UserError, match="--teacher .*vocabulary"):
+        run("opd", tmp_path, tiny, processor, toy, tmp_path / "teacher")
+
+
+def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeypatch):
+    """A reward that any policy can learn: the share of even tokens. The whole loop has to be right to raise it."""
+    def reward(text, row):
+        ids = tokenizer.encode(text)
+        return sum(i % 2 == 0 for i in ids) / max(1, len(ids))
+    monkeypatch.setattr(train.evaluation, "reward", reward)
+    trainer = trainer_of(tmp_path, tiny, tokenizer, "rl", steps=8, clip=(0.2, 0.2), kl=0.0, pool=12, warmup=0.0)
+    data = data_of(toy, processor, "rl.jsonl", stage="rl")
+    data.groups = [(root, [[{**r, "task": "mcq"} for r in rows] for rows in groups]) for root, groups in data.groups]
+    train.train_rl(trainer, data, data_of(toy, processor, {}))
+    rewards = [json.loads(x)["reward"] for x in (tmp_path / "metrics.jsonl").open()]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.05
