@@ -414,7 +414,7 @@ def worker_model(directory):
 
 
 def agent_row(model, processor, row, root, facts, budget):
-    """One rollout → {text (None: missing), hit, forced, frames}. A hit cites a span with IoU >= 0.3 to the evidence."""
+    """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
     budget = budget or mcr_agent.Budget()
     budget = replace(budget, frames=row["frames"], coarse=min(budget.coarse, row["frames"]))

@@ -17,7 +17,9 @@ import re
 import sys
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 
 import av
@@ -34,8 +36,13 @@ class MediaError(UserError):
     """A video or image that cannot be read; data loaders skip it and count it."""
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
+def need(holds, problem, error=UserError):
+    """For mistakes that the program did not make: a problem that names the file, flag or field and what to do."""
+    if not holds:
+        raise error(problem)
 
+
+# ---------------------------------------------------------------------------------------------------- configuration
 @dataclass
 class Config:
     """Sizes of the model. Field groups: decoder, vision tower, attention kind, video input."""
@@ -69,23 +76,21 @@ class Config:
     def __post_init__(self):
         for name in ("mrope_sections", "deepstack", "ranks"):            # JSON has lists; tuples compare and hash
             setattr(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
-        if self.attn not in ("gqa", "m2la"):
-            raise UserError(f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
-        if sum(self.mrope_sections) != self.head_dim // 2:
-            raise UserError(f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
-        if self.heads % self.kv_heads:
-            raise UserError(f"config heads={self.heads}: must be a multiple of kv_heads={self.kv_heads}")
-        if len(self.deepstack) > self.layers or any(not 0 <= i < self.vision_layers for i in self.deepstack):
-            raise UserError(f"config deepstack={self.deepstack}: at most {self.layers} numbers of vision blocks, "
-                            f"0 to {self.vision_layers - 1}")
-        if self.attn == "m2la" and (len(self.ranks) != self.layers or self.rope_width < 2):
-            raise UserError(f"config attn='m2la': needs rope_width and {self.layers} pairs of ranks, one per layer; "
-                            f"has {self.rope_width} and {len(self.ranks)}")
+        need(self.attn in ("gqa", "m2la"), f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
+        need(sum(self.mrope_sections) == self.head_dim // 2,
+             f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
+        need(self.heads % self.kv_heads == 0,
+             f"config heads={self.heads}: must be a multiple of kv_heads={self.kv_heads}")
+        need(len(self.deepstack) <= self.layers and all(0 <= i < self.vision_layers for i in self.deepstack),
+             f"config deepstack={self.deepstack}: at most {self.layers} numbers of vision blocks, "
+             f"0 to {self.vision_layers - 1}")
+        need(self.attn == "gqa" or (len(self.ranks) == self.layers and self.rope_width >= 2),
+             f"config attn='m2la': needs rope_width and {self.layers} pairs of ranks, one per layer; "
+             f"has {self.rope_width} and {len(self.ranks)}")
 
     @classmethod
     def preset(cls, name, **changes):
-        if name not in PRESETS:
-            raise UserError(f"preset {name!r} does not exist: use one of {', '.join(PRESETS)}")
+        need(name in PRESETS, f"preset {name!r} does not exist: use one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
@@ -94,9 +99,9 @@ class Config:
             values = json.loads(Path(path).read_text())
         except ValueError as e:
             raise UserError(f"{path}: not JSON ({e})") from e
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(f"{path}: unknown field {sorted(unknown)[0]!r}")
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            need(name in known, f"{path}: unknown field {name!r}")
         return cls(**values)
 
 
@@ -116,11 +121,8 @@ PRESETS = {
 
 
 # ----------------------------------------------------------------------------------------------------- vision tower
-
-def block_order(h, w, merge):
-    """Patch (row, column) in the order of the tower: blocks of merge×merge, row-major inside a block. → (h·w, 2)"""
-    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    grid = torch.stack([rows, cols], -1)                                                      # (h, w, 2)
+def block_order(grid, merge):
+    """Patches in the order of the tower: blocks of merge×merge, row-major inside a block. (h, w, C) → (h·w, C)"""
     return rearrange(grid, "(H a) (W b) c -> (H W a b) c", a=merge, b=merge)
 
 
@@ -131,7 +133,8 @@ class VisionBlock(nn.Module):
         self.heads = cfg.vision_heads
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
-        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(D, cfg.vision_mlp), "linear_fc2": nn.Linear(cfg.vision_mlp, D)})
+        up, down = nn.Linear(D, cfg.vision_mlp), nn.Linear(cfg.vision_mlp, D)
+        self.mlp = nn.ModuleDict({"linear_fc1": up, "linear_fc2": down})
 
     def forward(self, x, cos, sin):
         """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh)."""
@@ -167,32 +170,25 @@ class VisionTower(nn.Module):
         self.merger = Merger(cfg)
         self.deepstack_merger_list = nn.ModuleList(Merger(cfg, post=True) for _ in cfg.deepstack)
 
-    def position_embedding(self, order, h, w):
-        """The learned pos_side×pos_side table, bilinearly interpolated (corners aligned) to h×w. → (h·w, Dv)"""
-        side = self.cfg.pos_side
-        axes = []
-        for index, size in ((order[:, 0], h), (order[:, 1], w)):
-            x = torch.linspace(0, side - 1, size, device=order.device)[index]
-            low = x.long()
-            axes.append((low, (low + 1).clamp(max=side - 1), x - low))
-        (r0, r1, fr), (c0, c1, fc) = axes
-        table = self.pos_embed.weight
-        corners = ((r0, c0, (1 - fr) * (1 - fc)), (r0, c1, (1 - fr) * fc), (r1, c0, fr * (1 - fc)), (r1, c1, fr * fc))
-        return sum(table[r * side + c] * weight[:, None].to(table.dtype) for r, c, weight in corners)
+    def position_embedding(self, h, w):
+        """The learned pos_side×pos_side table, interpolated to h×w, in the tower's order. → (h·w, Dv)"""
+        table = rearrange(self.pos_embed.weight, "(r c) d -> 1 d r c", r=self.cfg.pos_side)
+        grid = F.interpolate(table, (h, w), mode="bilinear", align_corners=True)[0]                 # (Dv, h, w)
+        return block_order(grid.permute(1, 2, 0), self.cfg.merge)
 
-    def rotary(self, order):
+    def rotary(self, h, w, device):
         """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh)"""
-        Dh = self.cfg.vision_hidden // self.cfg.vision_heads
-        inverse = 1e4 ** -(torch.arange(0, Dh // 2, 2, device=order.device).float() / (Dh // 2))  # (Dh/4,)
-        angles = (order[:, :, None].float() * inverse).flatten(1)                                  # (h·w, Dh/2)
-        angles = torch.cat([angles, angles], -1)
+        half = self.cfg.vision_hidden // self.cfg.vision_heads // 2                                 # Dh/2
+        inverse = 1e4 ** -(torch.arange(0, half, 2, device=device).float() / half)                  # (Dh/4,)
+        rows_columns = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device))
+        order = block_order(rows_columns.view(h, w, 2), self.cfg.merge)                             # (h·w, 2)
+        angles = (order[:, :, None] * inverse).flatten(1).repeat(1, 2)                              # (h·w, Dh)
         return angles.cos(), angles.sin()
 
     def encode_grid(self, patches, n, h, w):
         """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
-        order = block_order(h, w, self.cfg.merge).to(patches.device)
-        x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(order, h, w)
-        cos, sin = (t.to(x.dtype) for t in self.rotary(order))
+        x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(h, w)
+        cos, sin = (t.to(x.dtype) for t in self.rotary(h, w, x.device))
         deep = []
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin)
@@ -203,32 +199,16 @@ class VisionTower(nn.Module):
     def forward(self, patches, grids):
         """patches (Np, 3·2·p·p) uint8 pixels, grids (n, 2) = (h, w) of each temporal patch.
         → list of (tokens, D): the merged tokens, then one tensor per DeepStack tap."""
-        dtype = self.pos_embed.weight.dtype
-        runs, start, outs = [], 0, []
-        for h, w in grids.tolist():                                         # neighbours of one size go as one batch
-            if runs and runs[-1][1:] == [h, w]:
-                runs[-1][0] += 1
-            else:
-                runs.append([1, h, w])
-        for n, h, w in runs:
+        start, outs = 0, []
+        for (h, w), run in groupby(grids.tolist()):                         # neighbours of one size go as one batch
+            n = len(list(run))
             pixels = patches[start:start + n * h * w].float() / 127.5 - 1
-            outs.append(self.encode_grid(pixels.to(dtype), n, h, w))
+            outs.append(self.encode_grid(pixels.to(self.pos_embed.weight.dtype), n, h, w))
             start += n * h * w
         return [torch.cat(parts) for parts in zip(*outs)]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x * scale).to(x.dtype)
-
-
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -246,20 +226,12 @@ class DecoderLayer(nn.Module):
         sizes = cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps
         self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
         self.mlp = MLP(cfg)
-        self.input_layernorm = RMSNorm(cfg.hidden, cfg.eps)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden, cfg.eps)
+        self.input_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
 
     def forward(self, x, **attention):
         x = x + self.self_attn(self.input_layernorm(x), **attention)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.layers))
-        self.norm = RMSNorm(cfg.hidden, cfg.eps)
 
 
 class InternVideo3(nn.Module):
@@ -269,7 +241,10 @@ class InternVideo3(nn.Module):
         super().__init__()
         self.cfg, self.vision_ids = cfg, tuple(vision_ids)
         self.visual = VisionTower(cfg)
-        self.language_model = Decoder(cfg)
+        self.language_model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(cfg.vocab, cfg.hidden),
+            "layers": nn.ModuleList(DecoderLayer(cfg, i) for i in range(cfg.layers)),
+            "norm": nn.RMSNorm(cfg.hidden, cfg.eps)})
         if not cfg.tied:
             self.lm_head = nn.Linear(cfg.hidden, cfg.vocab, bias=False)
         self.checkpointing = False                                           # recompute activations in backward
@@ -282,28 +257,24 @@ class InternVideo3(nn.Module):
         """Random weights for pretraining. Vision tokens start with about the RMS of text embeddings: with the usual
         tenfold larger ViT output, what attention writes into a vision token (its timestamp) is lost in the sum."""
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight") or "norm1.weight" in name or "norm2.weight" in name:
-                nn.init.ones_(p)
-            elif p.dim() == 1:
-                nn.init.zeros_(p)
-            elif "embed_tokens" in name or "pos_embed" in name:
-                nn.init.normal_(p, std=0.15, generator=generator)
-            else:
-                std = 0.8 * p.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.cfg.layers)
-                if "merger" in name and name.endswith("linear_fc2.weight"):
-                    std *= 0.5
-                nn.init.normal_(p, std=std, generator=generator)
+            if p.dim() == 1:                                                 # norms' weights and all biases
+                nn.init.constant_(p, 1.0 if re.search(r"norm[12]?\.weight$", name) else 0.0)
+                continue
+            std = 0.15 if "embed_tokens" in name or "pos_embed" in name else 0.8 * p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.cfg.layers)
+            if "merger" in name and name.endswith("linear_fc2.weight"):
+                std *= 0.5
+            nn.init.normal_(p, std=std, generator=generator)
 
     def new_cache(self, batch, capacity, vision_capacity=None):
         """An empty cache for `batch` sequences of at most `capacity` tokens. An M²LA cache keeps text and vision rows
         apart; `vision_capacity`, when known, spares the room that `capacity` would reserve for each of them."""
-        cfg, dtype = self.cfg, self.language_model.norm.weight.dtype
+        cfg, like = self.cfg, dict(dtype=self.language_model.norm.weight.dtype, device=self.device)
         if cfg.attn == "gqa":
-            return KVCache(cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim, dtype=dtype, device=self.device)
+            return KVCache(cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim, **like)
         capacities = (capacity, capacity if vision_capacity is None else vision_capacity)
-        return LatentCache(cfg.ranks, cfg.rope_width, batch, capacities, dtype=dtype, device=self.device)
+        return LatentCache(cfg.ranks, cfg.rope_width, batch, capacities, **like)
 
     def forward(self, ids, positions, patches=None, grids=None, mask=None, cache=None, valid=None):
         """ids (B,T), positions (3,B,T), patches (Np, 3·2·p·p) uint8 of all videos in reading order, grids (n,2).
@@ -311,8 +282,7 @@ class InternVideo3(nn.Module):
         → hidden (B,T,D) after the last norm; see `logits`."""
         cfg, lm = self.cfg, self.language_model
         vision = torch.isin(ids, torch.tensor(self.vision_ids, device=ids.device))                      # (B,T)
-        x = lm.embed_tokens(ids)
-        deep = []
+        x, deep = lm.embed_tokens(ids), []
         if patches is not None and len(patches):
             tokens, *deep = self.visual(patches, grids)
             x = x.masked_scatter(vision[..., None], tokens.to(x.dtype))
@@ -337,7 +307,6 @@ class InternVideo3(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- video in
-
 @dataclass
 class Video:
     frames: np.ndarray                       # (F, H, W, 3) uint8
@@ -347,12 +316,11 @@ class Video:
 def probe(path):
     """Duration in seconds and frame rate of a video file, from its header."""
     with _open(path) as (container, stream):
+        need(stream.duration or container.duration,
+             f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)", MediaError)
+        duration = (container.duration or 0) / av.time_base
         if stream.duration:
             duration = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(container)
-        elif container.duration:
-            duration = container.duration / av.time_base
-        else:
-            raise MediaError(f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)")
         return duration, float(stream.average_rate or 24)
 
 
@@ -361,34 +329,22 @@ def _origin(container):
     return (container.start_time or 0) / av.time_base
 
 
-class _open:
+@contextmanager
+def _open(path):
     """`with _open(path) as (container, video_stream)`; every failure names the file."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __enter__(self):
-        if not self.path.is_file():
-            raise MediaError(f"{self.path}: no such file")
-        try:
-            self.container = av.open(str(self.path))
-        except av.FFmpegError as e:
-            raise MediaError(f"{self.path}: not a readable video ({e})") from e
-        if not self.container.streams.video:
-            self.container.close()
-            raise MediaError(f"{self.path}: has no video stream")
-        return self.container, self.container.streams.video[0]
-
-    def __exit__(self, kind, error, trace):
-        self.container.close()
-        if isinstance(error, av.FFmpegError):
-            raise MediaError(f"{self.path}: broken video data ({error})") from error
+    need(Path(path).is_file(), f"{path}: no such file", MediaError)
+    container = None
+    try:
+        with av.open(str(path)) as container:
+            need(container.streams.video, f"{path}: has no video stream", MediaError)
+            yield container, container.streams.video[0]
+    except av.FFmpegError as e:
+        raise MediaError(f"{path}: {'broken video data' if container else 'not a readable video'} ({e})") from e
 
 
 def sample_times(start, end, fps, max_frames=None, pairs=False):
-    """Times to look at in [start, end): every 1/fps seconds; if that is more than max_frames, spread evenly.
-    `pairs`: spread neighbouring pairs instead, because one vision token holds two frames (temporal patch): at a low
-    rate an even spread would put two unrelated moments into it."""
+    """Times to look at in [start, end): every 1/fps seconds; if that is more than max_frames, spread evenly. `pairs`:
+    spread pairs 1/fps apart instead, so that a temporal patch (two frames) never holds two unrelated moments."""
     count = max(1, math.ceil((end - start) * fps - 1e-6))
     if max_frames is None or count <= max_frames:
         return start + np.arange(count) / fps
@@ -401,8 +357,8 @@ def sample_times(start, end, fps, max_frames=None, pairs=False):
 
 
 def _decode(path, start):
-    """Yield (time, frame) from the key frame before `start` on. A seek may land behind it, where a format has no index
-    (MPEG-TS): then from the beginning."""
+    """Yield (time, frame) from the key frame before `start`, or from the beginning: a seek may land behind `start`
+    where a format has no index (MPEG-TS)."""
     for seek in (True, False) if start > 0 else (False,):
         with _open(path) as (container, stream):
             stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
@@ -418,41 +374,37 @@ def _decode(path, start):
 
 
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=60.0):
-    """Frames of [start, end) seconds at `fps` with their real times (see `sample_times`). Streams: decodes from the
-    key frame before `start`, keeps only the wanted frames. Each wanted time gets the frame on screen at that time.
+    """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
     Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds)."""
     duration, _ = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
-    if not (fps > 0 and end > start):
-        raise MediaError(f"{path}: nothing to read in {start:g}–{end:g} s at {fps:g} fps (the video has {duration:.1f} s)")
+    window = f"{start:g}–{end:g} s"
+    need(fps > 0 and end > start,
+         f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
     wanted = list(sample_times(start, end, fps, max_frames, pairs))
-    frames, times, last, shown, limit = [], [], None, 0.0, time.monotonic() + deadline
+    shown, last, limit = [], None, time.monotonic() + deadline               # (time, frame): one for each wanted time
     for now, frame in _decode(path, start):
-        while len(frames) < len(wanted) and last is not None and now > wanted[len(frames)] + 1e-3:
-            frames.append(last)
-            times.append(shown)
-        if len(frames) == len(wanted):
+        while len(shown) < len(wanted) and last and now > wanted[len(shown)] + 1e-3:
+            shown.append(last)
+        if len(shown) == len(wanted):
             break
-        last, shown = frame, now
-        if time.monotonic() > limit:
-            raise MediaError(f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline")
-    if len(frames) < len(wanted) and last is not None:                       # the last frame stays on the screen
-        until = shown + float((last.duration or 0) * last.time_base)
-        if wanted[-1] > until + 1 + 0.05 * duration:
-            raise MediaError(f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?")
-        times += [shown] * (len(wanted) - len(frames))
-        frames += [last] * (len(wanted) - len(frames))
-    if not frames:
-        raise MediaError(f"{path}: no frame could be decoded in {start:g}–{end:g} s")
-    pixels = {id(f): _rgb(f) for f in frames}
-    return Video(np.stack([pixels[id(f)] for f in frames]), np.asarray(times, dtype=np.float64))
+        last = now, frame
+        need(time.monotonic() <= limit,
+             f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline", MediaError)
+    if len(shown) < len(wanted) and last:                                    # the last frame stays on the screen
+        until = last[0] + float((last[1].duration or 0) * last[1].time_base)
+        need(wanted[-1] <= until + 1 + 0.05 * duration,
+             f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
+        shown += [last] * (len(wanted) - len(shown))
+    need(shown, f"{path}: no frame could be decoded in {window}", MediaError)
+    pixels = {id(frame): _rgb(frame) for _, frame in shown}
+    return Video(np.stack([pixels[id(frame)] for _, frame in shown]), np.array([t for t, _ in shown], np.float64))
 
 
 def _rgb(frame):
     """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels)."""
-    image = frame.to_ndarray(format="rgb24")
     turns = round(getattr(frame, "rotation", 0) / 90) % 4                # PyAV: degrees counter-clockwise
-    return np.ascontiguousarray(np.rot90(image, turns))
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
 def read_image(path):
@@ -464,8 +416,7 @@ def read_image(path):
 
 def target_size(n, height, width, factor, min_volume, max_volume):
     """Qwen3-VL's size rule for n frames: sides are multiples of `factor`, n·h·w stays within the limits."""
-    if max(height, width) / min(height, width) > 200:
-        raise MediaError(f"aspect ratio of {width}×{height} is above 200")
+    need(max(height, width) <= 200 * min(height, width), f"aspect ratio of {width}×{height} is above 200", MediaError)
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     frames = math.ceil(n / 2) * 2
     if frames * h * w > max_volume:
@@ -482,36 +433,32 @@ def patchify(frames, cfg, image=False):
     An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
     limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
     size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, *limits)
     if size != tuple(x.shape[2:]):
         x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge, p=cfg.patch, q=cfg.patch)
+    x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge,
+                  p=cfg.patch, q=cfg.patch)
     return x, (size[0] // cfg.patch, size[1] // cfg.patch)
 
 
 # ------------------------------------------------------------------------------------- tokenizer and chat template
-
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-            "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+            "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
+            "</think>")
 
 
 class Tokenizer:
-    """The small built-in tokenizer: special tokens, 256 bytes, and a list of pieces; greedy longest match. Every text
-    can be encoded, and `decode(encode(text)) == text`."""
+    """Special tokens, 256 bytes, and a list of pieces; greedy longest match. `decode(encode(text)) == text`."""
 
     def __init__(self, pieces):
         self.pieces = sorted(set(pieces) - set(SPECIALS))
-        self.tokens = [s.encode() for s in SPECIALS] + [bytes([b]) for b in range(256)] + [p.encode() for p in self.pieces]
-        self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
-        for b in range(256):                                                 # a one-byte piece is the byte token itself
-            self.ids[bytes([b])] = len(SPECIALS) + b
-        self.longest = {}                                                    # first two bytes → piece lengths, longest first
-        for token in self.tokens[len(SPECIALS) + 256:]:
-            self.longest.setdefault(token[:2], set()).add(len(token))
-        self.longest = {k: sorted(v, reverse=True) for k, v in self.longest.items()}
-        self.split = re.compile("(" + "|".join(re.escape(s) for s in SPECIALS) + ")")
+        parts = [bytes([b]) for b in range(256)] + [piece.encode() for piece in self.pieces]
+        self.tokens = [special.encode() for special in SPECIALS] + parts
+        self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}     # a one-byte piece is the byte
+        self.split = re.compile(f"({'|'.join(map(re.escape, SPECIALS))})")
+        self.longest = re.compile(b"|".join(map(re.escape, sorted(parts, key=len, reverse=True))))
 
     def __len__(self):
         return len(self.tokens)
@@ -522,14 +469,8 @@ class Tokenizer:
     def encode(self, text):
         ids = []
         for part in self.split.split(text):
-            if part in SPECIALS:
-                ids.append(self.token_id(part))
-                continue
-            data, i = part.encode(errors="replace"), 0                       # a lone surrogate is no text: "?"
-            while i < len(data):
-                size = next((n for n in self.longest.get(data[i:i + 2], ()) if data[i:i + n] in self.ids), 1)
-                ids.append(self.ids[data[i:i + size]])
-                i += size
+            data = part.encode(errors="replace")                             # a lone surrogate is no text: "?"
+            ids += [self.ids[token] for token in ([data] if part in SPECIALS else self.longest.findall(data))]
         return ids
 
     def decode(self, ids):
@@ -541,8 +482,7 @@ class Tokenizer:
     @classmethod
     def load(cls, directory):
         path = Path(directory) / "vocab.json"
-        if not path.is_file():
-            raise UserError(f"{path}: no tokenizer in this directory")
+        need(path.is_file(), f"{path}: no tokenizer in this directory")
         return cls(json.loads(path.read_text()))
 
 
@@ -562,8 +502,8 @@ class Encoded:
 
 
 class Processor:
-    """Chat messages → Encoded. The template is concatenative: a conversation can be continued by encoding only its new
-    messages with `offset` = the next position. Decoded videos are kept, up to `cache_bytes` of pixels."""
+    """Chat messages → Encoded. The template is concatenative: to continue a conversation, encode its new messages with
+    `offset` = the next position. Decoded videos are kept, up to `cache_bytes` of pixels."""
 
     def __init__(self, tokenizer, cfg, cache_bytes=2 ** 30):
         self.tokenizer, self.cfg = tokenizer, cfg
@@ -578,13 +518,11 @@ class Processor:
             self.cache.move_to_end(key)
             return self.cache[key]
         if kind == "image":
-            patches, grid = patchify(read_image(key[0])[None], self.cfg, image=True)
-            value = patches, grid, None, 1
+            value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
         else:
             video = read_video(key[0], **options)
-            patches, grid = patchify(video.frames, self.cfg)
-            times = np.concatenate([video.times, video.times[-1:]])[:len(video.times) + len(video.times) % 2]
-            value = patches, grid, times.reshape(-1, 2).mean(1), len(video.times)
+            times = np.pad(video.times, (0, len(video.times) % 2), "edge").reshape(-1, 2).mean(1)
+            value = *patchify(video.frames, self.cfg), times, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:
@@ -592,150 +530,114 @@ class Processor:
         return value
 
     def encode(self, messages, root=".", generation=False, offset=0):
-        """messages in the chat form of the JSONL schema; media paths are relative to `root`. `generation` adds the
-        opening of an assistant turn. Raises MediaError for a video that cannot be read."""
-        out = _Writer(self.tokenizer, self.cfg.merge, offset)
+        """messages of a row (see `row_rules`), media relative to `root`; `generation` opens an assistant turn."""
+        texts, patches, grids, frames = [], [], [], 0                         # texts: (text, the assistant writes it)
         for message in messages:
             role, content = message["role"], message["content"]
             if role == "assistant":
-                out.text("<|im_start|>assistant\n")
-                out.text(content + "<|im_end|>", answer=True)
-                out.text("\n")
+                texts += [("<|im_start|>assistant\n", False), (content + "<|im_end|>", True), ("\n", False)]
                 continue
             text = "<|im_start|>user\n<tool_response>\n" if role == "tool" else f"<|im_start|>{role}\n"
             for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if item["type"] == "text":
                     text += item["text"]
                     continue
-                patches, grid, times, frames = self.load(item, root)
-                for i in range(len(patches) // (grid[0] * grid[1])):
-                    out.text(text + ("" if times is None else f"<{times[i]:.1f} seconds>") + "<|vision_start|>")
-                    out.vision(grid, "<|image_pad|>" if times is None else "<|video_pad|>")
-                    text = "<|vision_end|>"
-                out.patches.append(patches)
-                out.frames += frames
-            out.text(text + ("\n</tool_response>" if role == "tool" else "") + "<|im_end|>\n")
+                pixels, (h, w), times, shown = self.load(item, root)
+                pads = ("<|image_pad|>" if times is None else "<|video_pad|>") * (h * w // self.cfg.merge ** 2)
+                for i in range(len(pixels) // (h * w)):
+                    stamp = "" if times is None else f"<{times[i]:.1f} seconds>"
+                    text += f"{stamp}<|vision_start|>{pads}<|vision_end|>"
+                    grids.append((h, w))
+                patches, frames = [*patches, pixels], frames + shown
+            texts.append((text + ("\n</tool_response>" if role == "tool" else "") + "<|im_end|>\n", False))
         if generation:
-            out.text("<|im_start|>assistant\n")
-        return out.finish(self.cfg)
+            texts.append(("<|im_start|>assistant\n", False))
+        parts = [(self.tokenizer.encode(text), answer) for text, answer in texts]
+        ids = [i for part, _ in parts for i in part]
+        answer = [own for part, own in parts for _ in part]
+        if len(patches) != 1:                                                 # one video is not copied
+            patches = [torch.cat([torch.zeros(0, 3 * 2 * self.cfg.patch ** 2, dtype=torch.uint8), *patches])]
+        return Encoded(torch.tensor(ids, dtype=torch.long), self.positions(ids, grids, offset), patches[0],
+                       torch.tensor(grids, dtype=torch.long).view(-1, 2),
+                       torch.tensor(answer, dtype=torch.bool), frames)
 
-
-class _Writer:
-    """Collects ids, MRoPE positions and the answer mask of a conversation."""
-
-    def __init__(self, tokenizer, merge, offset):
-        self.tokenizer, self.merge, self.next = tokenizer, merge, offset
-        self.ids, self.positions, self.answer, self.patches, self.grids, self.frames = [], [], [], [], [], 0
-
-    def text(self, text, answer=False):
-        ids = self.tokenizer.encode(text)
-        self.ids += ids
-        self.answer += [answer] * len(ids)
-        self.positions += [(self.next + i,) * 3 for i in range(len(ids))]     # text advances all axes by 1
-        self.next += len(ids)
-
-    def vision(self, grid, pad):
-        h, w = grid[0] // self.merge, grid[1] // self.merge                   # t stays, h and w count inside the grid
-        self.positions += [(self.next, self.next + r, self.next + c) for r in range(h) for c in range(w)]
-        self.ids += [self.tokenizer.token_id(pad)] * (h * w)
-        self.answer += [False] * (h * w)
-        self.grids.append(grid)
-        self.next += max(h, w)
-
-    def finish(self, cfg):
-        width = 3 * 2 * cfg.patch ** 2
-        pads = sum(self.ids.count(self.tokenizer.token_id(pad)) for pad in ("<|image_pad|>", "<|video_pad|>"))
-        if pads != sum(h * w for h, w in self.grids) // self.merge ** 2:
-            raise UserError("a text holds <|image_pad|> or <|video_pad|>, which stand for pixels: remove them")
-        return Encoded(torch.tensor(self.ids, dtype=torch.long), torch.tensor(self.positions, dtype=torch.long).view(-1, 3).T,
-                       torch.cat(self.patches) if len(self.patches) > 1 else self.patches[0] if self.patches
-                       else torch.zeros(0, width, dtype=torch.uint8),
-                       torch.tensor(self.grids, dtype=torch.long).view(-1, 2), torch.tensor(self.answer, dtype=torch.bool),
-                       self.frames)
+    def positions(self, ids, grids, offset):
+        """MRoPE: text advances t, h, w by 1; in a grid t stays, h and w count; then on from the largest. → (3,T)"""
+        pads = [self.tokenizer.token_id(pad) for pad in ("<|image_pad|>", "<|video_pad|>")]
+        need(sum(map(ids.count, pads)) * self.cfg.merge ** 2 == sum(h * w for h, w in grids),
+             "a text holds <|image_pad|> or <|video_pad|>, which stand for pixels: remove them")
+        found, at, grids = [], offset, iter(grids)
+        while len(found) < len(ids):
+            h, w = (side // self.cfg.merge for side in next(grids)) if ids[len(found)] in pads else (1, 1)
+            found += [(at, at + r, at + c) for r in range(h) for c in range(w)]
+            at += max(h, w)
+        return torch.tensor(found, dtype=torch.long).view(-1, 3).T
 
 
 # ----------------------------------------------------------------------------------------- data: one schema (JSONL)
-
 TASKS = ("text", "caption", "mcq", "grounding", "mcr")
 
 
 def load_rows(path):
     """Read a JSONL data file; UserError names the file, line and field of the first row that does not fit."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such data file")
-    rows = []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    need(path.is_file(), f"{path}: no such data file")
+    rows, text = [], path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), 1):                     # splitlines() would split at U+2028 too
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError as e:
             raise UserError(f"{path}:{number}: not JSON ({e})") from e
-        problem = row_problem(row)
-        if problem:
-            raise UserError(f"{path}:{number}: {problem}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no rows")
+        for holds, problem in row_rules(rows[-1]):
+            need(holds, f"{path}:{number}: {problem}")
+    need(rows, f"{path}: holds no rows")
     return rows
 
 
-def row_problem(row):
-    """What is wrong with a row of the schema, or None."""
-    if not isinstance(row, dict):
-        return "a row must be an object"
+def row_rules(row):
+    """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it."""
+    yield isinstance(row, dict), "a row must be an object"
     for name, kind in (("id", str), ("task", str), ("messages", list)):
-        if not isinstance(row.get(name), kind):
-            return f"field '{name}' must be a {kind.__name__}"
-    if row["task"] not in TASKS:
-        return f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
+        yield isinstance(row.get(name), kind), f"field '{name}' must be a {kind.__name__}"
+    yield row["task"] in TASKS, f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
     for i, message in enumerate(row["messages"]):
-        where = f"field 'messages[{i}]'"
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            return f"{where}: needs a role of system, user, assistant or tool"
-        content = message.get("content")
-        if message["role"] == "assistant" and not isinstance(content, str):
-            return f"{where}: an assistant's content must be a string"
+        where, roles = f"field 'messages[{i}]':", ("system", "user", "assistant", "tool")
+        role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
+        yield role in roles, f"{where} needs a role of system, user, assistant or tool"
+        yield role != "assistant" or isinstance(content, str), f"{where} an assistant's content must be a string"
         for item in [] if isinstance(content, str) else content if isinstance(content, list) else [None]:
             kind = item.get("type") if isinstance(item, dict) else None
-            if kind not in ("text", "image", "video") or not isinstance(item.get(kind), str):
-                return f"{where}: content must be a string or a list of text, image and video items"
+            yield (kind in ("text", "image", "video") and isinstance(item.get(kind), str),
+                   f"{where} content must be a string or a list of text, image and video items")
             for name, least in (("start", 0), ("end", 0), ("fps", 1e-3), ("max_frames", 1)):
                 value = item.get(name, least)
-                kinds = int if name == "max_frames" else (int, float)
-                if not isinstance(value, kinds) or not least <= value < math.inf:
-                    return f"{where}: '{name}' of the video is {value!r}: must be a number from {least} on"
-    if not row["messages"] or row["messages"][-1]["role"] != "assistant":
-        return "field 'messages' must end with the assistant's answer"
-    answer = row.get("answer")
+                number = isinstance(value, int if name == "max_frames" else (int, float))
+                yield (number and least <= value < math.inf,
+                       f"{where} '{name}' of the video is {value!r}: must be a number from {least} on")
+    yield row["messages"] and role == "assistant", "field 'messages' must end with the assistant's answer"
+    answer, options = row.get("answer"), row.get("options")
     if row["task"] == "mcq":
-        options = row.get("options")
-        if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) for o in options):
-            return "field 'options' must be a list of 2 to 26 texts"
-        if not (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options)):
-            return f"field 'answer' is {answer!r}: must be the letter of an option"
+        texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
+        yield texts and 2 <= len(options) <= 26, "field 'options' must be a list of 2 to 26 texts"
+        yield (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options),
+               f"field 'answer' is {answer!r}: must be the letter of an option")
     if row["task"] == "grounding":
-        numbers = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
-        if not numbers or not 0 <= answer[0] < answer[1] < math.inf:
-            return f"field 'answer' is {answer!r}: must be [start, end] in seconds"
-    return None
+        pair = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
+        yield (pair and 0 <= answer[0] < answer[1] < math.inf,
+               f"field 'answer' is {answer!r}: must be [start, end] in seconds")
 
 
 # ------------------------------------------------------------------------------------------------------- generation
-
 def collate(samples, pad, device="cpu"):
     """Right-padded batch of Encoded → keyword arguments of InternVideo3.forward, `valid` (B,T) among them."""
-    T = max(len(s.ids) for s in samples)
-    ids = torch.full((len(samples), T), pad)
-    positions = torch.zeros(3, len(samples), T, dtype=torch.long)
-    valid = torch.zeros(len(samples), T, dtype=torch.bool)
-    for b, s in enumerate(samples):
-        n = len(s.ids)
-        ids[b, :n], positions[:, b, :n], valid[b, :n] = s.ids, s.positions, True
-    batch = dict(ids=ids, positions=positions, valid=valid, patches=torch.cat([s.patches for s in samples]),
-                 grids=torch.cat([s.grids for s in samples]))
+    def padded(rows, value=0):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    batch = dict(ids=padded([s.ids for s in samples], pad),
+                 positions=padded([s.positions.T for s in samples]).permute(2, 0, 1),               # (3,B,T)
+                 valid=padded([torch.ones_like(s.ids, dtype=torch.bool) for s in samples]),
+                 patches=torch.cat([s.patches for s in samples]), grids=torch.cat([s.grids for s in samples]))
     return {k: v.to(device) for k, v in batch.items()}
 
 
@@ -748,17 +650,17 @@ class Generation:
 def sample_token(logits, temperature, generator=None):
     """logits (B,V) → tokens (B,), their log-probabilities (B,), in fp32. Temperature 0 is greedy (log-probs at 1)."""
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if temperature:
-        noise = torch.rand(logp.shape, generator=generator).clamp_min(1e-20).to(logp.device)   # drawn on the CPU: the
-        token = (logp - torch.log(-torch.log(noise))).argmax(-1)                                # same on any device
-    else:
-        token = logp.argmax(-1)
+    scores = logp
+    if temperature:                            # Gumbel-max, its noise drawn on the CPU: the same on any device
+        noise = torch.rand(logp.shape, generator=generator).clamp_min(1e-20).to(logp.device)
+        scores = logp - torch.log(-torch.log(noise))
+    token = scores.argmax(-1)
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
 def group_prompts(batch, vision_ids):
-    """Neighbouring prompts about the same media → [(prompts, number of tokens they all begin with)]. A group's video is
-    prefilled once. The last token of a prompt is never shared: it has to be computed to predict from it."""
+    """Neighbouring prompts about the same media → [(prompts, number of tokens they all begin with)]. The last token of
+    a prompt is never shared: it has to be computed to predict from it."""
     groups = []
     for sample in batch:
         vision = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero()
@@ -780,7 +682,8 @@ def prefill(model, batch, room, samples=1, pad=0):
     → cache, hidden (B·samples, D) of each prompt's last token"""
     groups = group_prompts(batch, model.vision_ids)
     heads = [Encoded(g[0].ids[:n], g[0].positions[:, :n], g[0].patches, g[0].grids, g[0].answer[:n]) for g, n in groups]
-    tails = [Encoded(s.ids[n:], s.positions[:, n:], s.patches[:0], s.grids[:0], s.answer[n:]) for g, n in groups for s in g]
+    tails = [Encoded(s.ids[n:], s.positions[:, n:], s.patches[:0], s.grids[:0], s.answer[n:])
+             for g, n in groups for s in g]
     vision = max(int(s.grids.prod(1).sum()) // model.cfg.merge ** 2 for s in batch)
     cache = model.new_cache(len(groups), max(len(s.ids) for s in batch) + room, vision)
     model(**collate(heads, pad, model.device), cache=cache)
@@ -812,22 +715,19 @@ def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=
         done |= token == stop
         if done.all() or step == max_new - 1:
             break
-        ids = torch.where(done, pad, token)[:, None]
-        positions = (position + step).expand(3, -1)[..., None]
+        ids, positions = torch.where(done, pad, token)[:, None], (position + step).expand(3, -1)[..., None]
         last = model(ids, positions, cache=cache, valid=~done[:, None])[:, 0]
     model.train(was_training)
     return outs
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
-
 STAGES = ("base", "convert", "cpt", "sft_short", "sft_long", "rl", "opd")          # order of the recipe
 
 
 def write_atomic(path, write):
     """write(temporary path), then rename: a killed process leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     write(temporary)
     os.replace(temporary, path)
 
@@ -848,28 +748,26 @@ def build_model(cfg, tokenizer):
 
 def load_model(directory, device="cpu", dtype=torch.float32):
     """→ (model, processor) of a checkpoint directory."""
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no model here (config.json is missing)")
-    cfg, tokenizer = Config.load(directory / "config.json"), Tokenizer.load(directory)
+    config, weights = Path(directory) / "config.json", Path(directory) / "weights.pt"
+    need(config.is_file(), f"{directory}: no model here (config.json is missing)")
+    cfg, tokenizer = Config.load(config), Tokenizer.load(directory)
     model = build_model(cfg, tokenizer)
     try:
-        state = torch.load(directory / "weights.pt", map_location="cpu", weights_only=True)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{directory / 'weights.pt'}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
+        raise UserError(f"{weights}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         have, want = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))
-        if have != want:
-            raise UserError(f"{directory / 'weights.pt'}: tensor {name} is {have}, the config needs {want}")
+        need(have == want, f"{weights}: tensor {name} is {have}, the config needs {want}")
     model.load_state_dict(state)
     return model.to(device=device, dtype=dtype).eval(), Processor(tokenizer, cfg)
 
 
 def find_model(argument=None):
     """A stage's directory, a run (→ its last finished stage), or None (→ the newest run under runs/)."""
-    runs = [Path(argument)] if argument else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for run in runs:
+    newest_first = sorted(Path("runs").glob("*"), key=lambda path: -path.stat().st_mtime)
+    for run in [Path(argument)] if argument else newest_first:
         for directory in (run, *(run / stage for stage in reversed(STAGES))):
             if (directory / "config.json").is_file():
                 return directory
@@ -890,24 +788,23 @@ def run_cli(main):
 
 def main():
     parser = argparse.ArgumentParser(description="Ask the model about a video.")
-    parser.add_argument("video")
-    parser.add_argument("question")
-    parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
-    parser.add_argument("--start", type=float, help="look from this second")
-    parser.add_argument("--end", type=float, help="look up to this second")
-    parser.add_argument("--fps", type=float, default=2.0, help="frames per second (default 2)")
-    parser.add_argument("--max-frames", type=int, default=768, help="at most so many frames (default 768)")
-    parser.add_argument("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
+    add = parser.add_argument
+    add("video")
+    add("question")
+    add("--model", help="a stage's directory or a run; default: the newest run")
+    add("--start", type=float, default=0.0, help="look from this second")
+    add("--end", type=float, help="look up to this second")
+    add("--fps", type=float, default=2.0, help="frames per second (default 2)")
+    add("--max-frames", type=int, default=768, help="at most so many frames (default 768)")
+    add("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
     args = parser.parse_args()
-    if args.fps <= 0 or args.max_frames < 1 or args.max_new < 1:
-        raise UserError("--fps, --max-frames and --max-new must be positive")
+    need(min(args.fps, args.max_frames, args.max_new) > 0, "--fps, --max-frames and --max-new must be positive")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model(find_model(args.model), device, torch.bfloat16 if device == "cuda" else torch.float32)
-    video = {"type": "video", "video": str(Path(args.video).resolve()), "fps": args.fps, "max_frames": args.max_frames}
-    video.update({k: v for k, v in (("start", args.start), ("end", args.end)) if v is not None})
+    video = {"type": "video", "video": str(Path(args.video).resolve()), "start": args.start, "end": args.end,
+             "fps": args.fps, "max_frames": args.max_frames}
     messages = [{"role": "user", "content": [video, {"type": "text", "text": args.question}]}]
-    sample = processor.encode(messages, generation=True)
-    stop = processor.tokenizer.token_id("<|im_end|>")
+    sample, stop = processor.encode(messages, generation=True), processor.tokenizer.token_id("<|im_end|>")
     ids = generate(model, [sample], stop, args.max_new)[0].ids
     print(processor.tokenizer.decode([i for i in ids if i != stop]))
 

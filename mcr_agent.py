@@ -14,11 +14,11 @@ Question Q, observation V, action A, feedback F, context C, reasoning R. For i =
 Differs from the paper, or fills what it leaves open:
   1. R_i and A_{i+1} are one assistant turn of one autoregressive rollout.
   2. ⊕ never compresses: `summarize` adds a belief summary and drops nothing.
-  3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or
-     documents is looked up in that text instead. A contradiction reopens the loop once.
+  3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or documents
+     is looked up in that text instead. A contradiction reopens the loop once.
   4. `web_search` ranks a local folder of .txt files; `asr` reads the .srt or .vtt file beside the video.
-  5. Budgets are hard. A frame counts once, however often it is shown; tokens count every time. Only the
-     forced answer runs after a budget is spent, on tokens kept back for it (RESERVE).
+  5. Budgets are hard. A frame counts once, however often it is shown; tokens count every time. Only the forced answer
+     runs after a budget is spent, on tokens kept back for it (RESERVE).
 """
 import argparse
 import base64
@@ -27,18 +27,18 @@ import html
 import json
 import math
 import re
-import struct
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 
-from iv3 import SPECIALS, find_model, load_model, probe, read_video, run_cli, sample_times
+from iv3 import SPECIALS, find_model, load_model, need, probe, read_video, run_cli, sample_times
 from m2la import UserError
 
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
@@ -50,7 +50,6 @@ FPS = 2.0                                            # frames per second of a vi
 
 
 # ------------------------------------------------------------------------------------------- the model, live
-
 @functools.cache
 def first_tokens(tokenizer, word):
     """Ids of the tokens that can begin `word`: its beginnings, and longer pieces ("speech: hear what")."""
@@ -68,6 +67,7 @@ class LiveModel:
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
         self.prefilled = self.side = 0               # of them not its own words; spent outside: score, ask
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
+        self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
         banned = [self.tokenizer.token_id(s) for s in SPECIALS if s not in allowed]
         self.banned = torch.tensor(banned, device=model.device)
@@ -88,29 +88,25 @@ class LiveModel:
 
     def _write(self, text, ids=None):
         """Queue text, or tokens that the model chose; text advances all three MRoPE axes by 1."""
-        new = self.tokenizer.encode(text) if ids is None else ids
+        new = torch.tensor(self.tokenizer.encode(text) if ids is None else ids, dtype=torch.long)
         positions = torch.arange(self.position, self.position + len(new)).expand(3, -1)
-        self.queue.append((torch.tensor(new, dtype=torch.long), positions, None, None))
+        self.queue.append((new, positions, self.nothing.patches, self.nothing.grids))
         self.tokens, self.position = self.tokens + len(new), self.position + len(new)
         self.prefilled += len(new) if ids is None else 0
 
     def _flush(self):
         """Run the queue in one forward pass → log-probabilities (V,) of the next token, -inf where banned."""
         ids, positions, patches, grids = zip(*self.queue)
-        self.queue, device, vision = [], self.model.device, {}
-        if any(p is not None and len(p) for p in patches):
-            vision = dict(patches=torch.cat([p for p in patches if p is not None]).to(device),
-                          grids=torch.cat([g for g in grids if g is not None]).to(device))
-        hidden = self.model(torch.cat(ids)[None].to(device), torch.cat(positions, 1)[:, None].to(device),
-                            cache=self.cache, **vision)                                             # (1,T,D)
+        inputs = torch.cat(ids)[None], torch.cat(positions, 1)[:, None], torch.cat(patches), torch.cat(grids)
+        self.queue = []
+        hidden = self.model(*(x.to(self.model.device) for x in inputs), cache=self.cache)          # (1,T,D)
         logits = self.model.logits(hidden[0, -1]).float()                                           # (V,)
         return torch.log_softmax(logits.index_fill(0, self.banned, -torch.inf), -1)
 
     @torch.inference_mode()
     def generate(self, max_new, stop=("</tool_call>",), opening="", first="", deadline=math.inf):
-        """One greedy assistant turn, closed in the context afterwards → its text, `opening` included.
-        `first`: how the model's own first words must begin. Ends at the turn's end, at a `stop` token, after
-        max_new tokens, or at the deadline (time.monotonic)."""
+        """One greedy assistant turn, closed in the context afterwards → its text, `opening` included. `first`: how the
+        model's own first words must begin. Also ends at a `stop` token or at the deadline (time.monotonic)."""
         self._write("<|im_start|>assistant\n" + opening)
         ends = {self.tokenizer.token_id(s) for s in ("<|im_end|>", "<|endoftext|>")}
         stops, ids, chances = {self.tokenizer.token_id(s) for s in stop}, [], []
@@ -131,9 +127,8 @@ class LiveModel:
 
     @torch.inference_mode()
     def score(self, choices, opening="", messages=None, room=math.inf):
-        """Log-probability that an assistant turn goes on from `opening` with each choice, told by its first
-        token (so choices must begin differently): in this context, which is restored afterwards, or in a
-        separate one that holds only `messages`."""
+        """Log-probability that an assistant turn goes on from `opening` with each choice, told by its first token: in
+        this context, which is restored afterwards, or in a separate one that holds only `messages`."""
         if messages is not None:
             return self._beside(messages, 16, room, lambda side: side.score(choices, opening))
         before = self.tokens, self.position, self.prefilled
@@ -149,10 +144,9 @@ class LiveModel:
         return self._beside(messages, max_new + 16, room, lambda side: side.generate(max_new, stop=()))
 
     def _beside(self, messages, extra, room, use):
-        need = len(self.processor.encode(messages).ids) + extra
-        if need > room:
-            raise UserError(f"a separate look needs {need} tokens, {max(0, room)} are left")
-        side = LiveModel(self.model, self.processor, need)
+        needed = len(self.processor.encode(messages).ids) + extra
+        need(needed <= room, f"a separate look needs {needed} tokens, {max(0, room)} are left")
+        side = LiveModel(self.model, self.processor, needed)
         for message in messages:
             side.append(message)
         result = use(side)
@@ -162,33 +156,12 @@ class LiveModel:
     def likelihood(self, words):
         """Probability the model gave to `words` where its last turn has them last; 0 if it has not."""
         (ids, logps), decode = self.turn, self.tokenizer.decode
-        start = decode(ids).rfind(words)
-        ends = [0, *(len(decode(ids[:k + 1])) for k in range(len(ids)))]
+        start, ends = decode(ids).rfind(words), [len(decode(ids[:k])) for k in range(len(ids) + 1)]
         inside = [p for a, b, p in zip(ends, ends[1:], logps) if b > start and a < start + len(words)]
         return math.exp(sum(inside)) if start >= 0 and words else 0.0
 
 
-# ----------------------------------------------------------------------------------------- context and memory
-
-class Context(list):
-    """C_i (Eq. 5): an append-only list of (kind, content, token span) over the live cache."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def extend_by(self, kind, content, room=math.inf):
-        """kind: system | user | tool. False, and nothing happens, if it takes more than `room` tokens."""
-        before = self.model.tokens
-        if fits := self.model.append({"role": kind, "content": content}, room):
-            self.append((kind, content, (before, self.model.tokens)))
-        return fits
-
-    def generate(self, max_new, **how):
-        before, text = self.model.tokens, self.model.generate(max_new, **how)
-        self.append(("assistant", text, (before, self.model.tokens)))
-        return text
-
-
+# -------------------------------------------------------------------------------------------------------- memory
 def words(text):
     return re.findall(r"[^\W_]+", text.lower())
 
@@ -230,6 +203,11 @@ class Memory(list):
         return found[:most]
 
 
+def frame_times(*window, **how):
+    """A window's frames as the budget counts them: the set of their times."""
+    return {round(float(t), 3) for t in sample_times(*window, **how)}
+
+
 def short(x):
     """Seconds as messages have them: 34.0 → "34", 33.25 → "33.25"."""
     return f"{round(x, 2):g}"
@@ -250,30 +228,24 @@ def sanitise(text, limit=2000):
 
 
 # ------------------------------------------------------------------------------ subtitles, documents, scenes
-
 @functools.lru_cache(maxsize=256)
 def read_subtitles(video):
     """[(start, end, text)] of the .srt or .vtt file beside the video. A broken cue is left out."""
     path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
-    lines, cue, stamp = [], None, r"\s*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)\s*"
-    for line in [*path.read_text("utf-8-sig", errors="replace").splitlines(), ""] if path else []:
-        if timing := re.match(f"{stamp}-->{stamp}", line):
-            h, m, s, h2, m2, s2 = (float((x or "0").replace(",", ".")) for x in timing.groups())
-            cue = h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2, []
-        elif cue and line.strip():
-            cue[2].append(re.sub(r"<[^>]*>", "", line).strip())                         # <i>, <v Speaker>
-        else:
-            if cue and cue[0] < cue[1] and cue[2]:
-                lines.append((cue[0], cue[1], sanitise(" ".join(cue[2]), 300)))
-            cue = None
+    text = path.read_text("utf-8-sig", errors="replace") + "\n" if path else ""
+    lines, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
+    for *times, said in re.findall(rf"^{stamp}-->{stamp}.*\n((?:[^\S\n]*\S.*\n)*)", text, re.M):
+        h, m, s, h2, m2, s2 = (float((x or "0").replace(",", ".")) for x in times)
+        start, end = h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2
+        if start < end and said:                                                        # no <i>, <v Speaker>
+            lines.append((start, end, sanitise(" ".join(re.sub(r"<[^>]*>", "", said).split()), 300)))
     return lines
 
 
 @functools.lru_cache(maxsize=16)
 def read_documents(folder):
     """[(file name, sentence)] of the .txt files of a folder."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder of documents (--facts)")
+    need(Path(folder).is_dir(), f"{folder}: no such folder of documents (--facts)")
     return [(path.name, " ".join(part.split())) for path in sorted(Path(folder).glob("*.txt"))
             for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", path.read_text("utf-8", errors="replace"))
             if part.strip()]
@@ -306,9 +278,12 @@ def find_scenes(path, start, end, deadline=math.inf, fps=4.0, chunk=30.0):
 
 
 # ------------------------------------------------------------------------------------------ actions and tools
-
 class BadCall(ValueError):
     """What is wrong with a tool call; the model reads it as "error: …"."""
+
+
+def call_needs(holds, problem):
+    need(holds, problem, BadCall)
 
 
 class Spent(Exception):
@@ -341,10 +316,9 @@ class Budget:
 
     def __post_init__(self):
         for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1).items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"budget --{name} {getattr(self, name)}: must be at least {least}")
-        if self.coarse > self.frames:
-            raise UserError(f"budget --coarse {self.coarse}: more than --frames {self.frames}")
+            value = getattr(self, name)
+            need(value >= least, f"budget --{name} {value}: must be at least {least}")
+        need(self.coarse <= self.frames, f"budget --coarse {self.coarse}: more than --frames {self.frames}")
 
 
 def view(run, start, end, fps=FPS):
@@ -361,25 +335,23 @@ def video_segmentation(run, start=0.0, end=None):
 
 
 def asr(run, start, end):
-    lines = run.memory.find(start=start, end=end, source="subtitles", most=40)
-    for e in lines:
+    heard = run.memory.find(start=start, end=end, source="subtitles", most=40)
+    for e in heard:
         run.memory.add("note", e.content, e.start, e.end, "asr")
-    return Feedback("\n".join(f"{exact(e.start, e.end)}: {e.content}" for e in lines)
-                    or f"no speech between {short(start)} and {short(end)} seconds")
+    lines = "\n".join(f"{exact(e.start, e.end)}: {e.content}" for e in heard)
+    return Feedback(lines or f"no speech between {short(start)} and {short(end)} seconds")
 
 
 def web_search(run, query):
-    if run.facts is None:
-        raise BadCall("there are no documents to search")
+    call_needs(run.facts is not None, "there are no documents to search")
     sentences, best = read_documents(run.facts), {}  # the best sentence of each document, up to three of them
     scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
     for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
         if score > 0.8 * max(scores) and len(best) < 3:
             best.setdefault(name, f"[{name}] {text}")
-    found = list(best.values())
-    for text in found:
+    for text in best.values():
         run.memory.add("note", text, 0.0, run.duration, "web_search")
-    return Feedback("\n".join(found) or f"nothing found for {query}")
+    return Feedback("\n".join(best.values()) or f"nothing found for {query}")
 
 
 def temporal_grounding(run, query):
@@ -396,11 +368,9 @@ def temporal_grounding(run, query):
 
 
 def memory_read(run, query=None, start=None, end=None):
-    if query is None and start is None:
-        raise BadCall("memory_read needs a query, or start and end")
+    call_needs(query is not None or start is not None, "memory_read needs a query, or start and end")
     found = run.memory.find(query, *(() if start is None else (start, end)))
-    return Feedback("\n".join(f"{exact(e.start, e.end)} [{e.level}] {e.content}" for e in found)
-                    or "nothing in memory")
+    return Feedback("\n".join(f"{exact(e.start, e.end)} [{e.level}] {e.content}" for e in found) or "nothing in memory")
 
 
 def memory_write(run, text, start, end):
@@ -468,44 +438,40 @@ def tools_prompt():
 
 def check_window(start, end, duration):
     """→ the window inside the video, and a note if it had to be clipped."""
-    if any(type(x) not in (int, float) or not abs(x) <= 1e9 for x in (start, end)):
-        raise BadCall("start and end must be finite numbers")
-    if not start < end:
-        raise BadCall("start must be before end")
-    if start >= duration or end <= 0:
-        raise BadCall(f"the video ends at {short(duration)} seconds")
+    numbers, limit = (int, float), f"the video ends at {short(duration)} seconds"
+    call_needs(all(type(x) in numbers and abs(x) <= 1e9 for x in (start, end)), "start and end must be finite numbers")
+    call_needs(start < end, "start must be before end")
+    call_needs(start < duration and end > 0, limit)
     inside = (max(0.0, float(start)), min(float(end), duration))
-    note = "" if inside == (start, end) else f" (clipped: the video ends at {short(duration)} seconds)"
-    return inside, note
+    return inside, "" if inside == (start, end) else f" (clipped: {limit})"
 
 
 def check_call(call, duration):
     """A call, against the schema → Action; BadCall says what is wrong."""
-    if type(call) is not dict or set(call) != {"name", "arguments"} or type(call["arguments"]) is not dict:
-        raise BadCall('a call is {"name": …, "arguments": {…}}')
+    fits = type(call) is dict and set(call) == {"name", "arguments"} and type(call["arguments"]) is dict
+    call_needs(fits, 'a call is {"name": …, "arguments": {…}}')
     name, arguments, note = call["name"], dict(call["arguments"]), ""
-    if not isinstance(name, str) or name not in TOOLS:
-        raise BadCall(f"no tool {str(name)[:40]!r}: use one of {', '.join(TOOLS)}")
+    call_needs(isinstance(name, str) and name in TOOLS, f"no tool {str(name)[:40]!r}: use one of {', '.join(TOOLS)}")
     fields = TOOLS[name].fields
-    for f in [*arguments, *fields]:
-        if f not in fields or (f not in arguments and "?" not in fields[f]):
-            raise BadCall(f"{name} {'needs' if f in fields else 'has no'} {f[:40]!r}")
+    for f in arguments:
+        call_needs(f in fields, f"{name} has no {f[:40]!r}")
+    for f, kind in fields.items():
+        call_needs(f in arguments or "?" in kind, f"{name} needs {f!r}")
     for f, value in arguments.items():
-        if fields[f].startswith("text") and not (isinstance(value, str) and 0 < len(value.strip()) <= 300):
-            raise BadCall(f"{f} must be a text of 1 to 300 characters")
+        if fields[f].startswith("text"):
+            fits = isinstance(value, str) and 0 < len(value.strip()) <= 300
+            call_needs(fits, f"{f} must be a text of 1 to 300 characters")
         if fields[f] == "spans":
             pairs = isinstance(value, list) and all(isinstance(s, list) and len(s) == 2 for s in value)
-            if not pairs or not 0 < len(value) <= 8:
-                raise BadCall(f"{f} must be a list of 1 to 8 windows [start, end]")
+            call_needs(pairs and 0 < len(value) <= 8, f"{f} must be a list of 1 to 8 windows [start, end]")
             checked = [check_window(*span, duration) for span in value]
             arguments[f], note = [span for span, _ in checked], max(n for _, n in checked)
-    if ("start" in arguments) != ("end" in arguments):
-        raise BadCall(f"{name} needs both start and end")
+    call_needs(("start" in arguments) == ("end" in arguments), f"{name} needs both start and end")
     if "start" in arguments:
         span, note = check_window(arguments["start"], arguments["end"], duration)
         arguments.update(zip(("start", "end"), span))
-    if "fps" in arguments and not (type(arguments["fps"]) in (int, float) and 0 < arguments["fps"] <= 30):
-        raise BadCall("fps must be a number above 0 and at most 30")
+    fps = arguments.get("fps", FPS)
+    call_needs(type(fps) in (int, float) and 0 < fps <= 30, "fps must be a number above 0 and at most 30")
     return Action(name, arguments, note)
 
 
@@ -532,7 +498,6 @@ def claim_of(question, answer, thought):
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
-
 @dataclass
 class Result:
     answer: str
@@ -553,16 +518,16 @@ class Rollout:
 
     def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
                  system=SYSTEM, trace=lambda record: None):
-        if route is not None and route not in ROUTES:
-            raise UserError(f"route {route!r}: use one of {', '.join(ROUTES)}")
-        self.model, self.video, self.facts = model, str(Path(video).resolve()), facts and str(facts)
+        need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
+        self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
+        self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
         if facts:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
         self.question = sanitise(question.split("\nA. ")[0] if options else question)
         self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
-        self.memory, self.C, self.V, self.seen = Memory(), Context(model), [(0.0, self.duration)], set()
+        self.memory, self.V = Memory(), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
         self.calls, self.records, self.thought = 0, [], ""
@@ -573,35 +538,31 @@ class Rollout:
         """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts."""
         frames = self.budget.coarse // 2 * 2
         self.coarse = {"type": "video", "video": self.video, "max_frames": frames, "pairs": True}
-        for t in self.show(sample_times(0.0, self.duration, FPS, frames, pairs=True)):
+        self.seen = frame_times(0.0, self.duration, FPS, frames, pairs=True)
+        for t in sorted(self.seen):
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
         for a, b, text in read_subtitles(self.video):
             self.memory.add("subtitle", text, a, b, "subtitles")
         text = self.question + "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
-        for kind, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
-            if not self.C.extend_by(kind, content, self.room()):
-                raise UserError(f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+        for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
+            fits = self.C.append({"role": role, "content": content}, self.room())
+            need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
 
     def room(self):
         """Tokens that may still be used; those of the forced answer are kept back."""
         used = self.model.tokens + self.model.side
         return min(self.budget.tokens - used, self.model.capacity - self.model.tokens) - RESERVE
 
-    def show(self, times):
-        times = [round(float(t), 3) for t in times]
-        self.seen.update(times)
-        return times
-
     def window(self, start, end, fps=FPS):
         """The item that shows [start, end), clipped to the frames that are left."""
         item = {"type": "video", "video": self.video, "start": start, "end": end, "fps": fps}
-        times, left = sample_times(start, end, fps), self.budget.frames - len(self.seen)
-        if len({round(float(t), 3) for t in times} - self.seen) > left:
+        times, left = frame_times(start, end, fps), self.budget.frames - len(self.seen)
+        if len(times - self.seen) > left:
             if left < 2:
                 raise Spent("frames")
             item.update(max_frames=left // 2 * 2, pairs=True)
-            times = sample_times(start, end, fps, item["max_frames"], pairs=True)
-        self.show(times)
+            times = frame_times(start, end, fps, item["max_frames"], pairs=True)
+        self.seen |= times
         return item
 
     def spent(self):
@@ -610,8 +571,8 @@ class Rollout:
                 else "seconds" if time.monotonic() >= self.deadline else "")
 
     def route(self):
-        """Question routing (§3.4): how likely each question type is as the model's own first word. A soft
-        prior: the likeliest, or the given one, opens the first thought and forbids nothing."""
+        """Question routing (§3.4): how likely each question type is as the model's own first word. A soft prior: the
+        likeliest, or the given one, opens the first thought and forbids nothing."""
         if self.given_route:
             return {self.given_route: 1.0}
         scores = torch.tensor(self.model.score(ROUTES, opening="<think>"))
@@ -633,10 +594,10 @@ class Rollout:
             A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
             if call:
                 A = check_call(json.loads(call[1]), self.duration)
-            elif not 0 < len(A.arguments["text"]) <= 300:
-                raise BadCall("no <tool_call> in this turn")
-            if A.name == "answer" and self.options and option_of(A.arguments["text"], self.options) is None:
-                raise BadCall(f"answer with one of the options, like {self.options[0]} (A)")
+            call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
+            if A.name == "answer" and self.options:
+                named = option_of(A.arguments["text"], self.options)
+                call_needs(named is not None, f"answer with one of the options, like {self.options[0]} (A)")
             return A
         except (ValueError, RecursionError) as e:    # not JSON, or BadCall
             return Action("", {}, f"error: {'' if isinstance(e, BadCall) else 'the call is not JSON: '}{e}")
@@ -660,7 +621,7 @@ class Rollout:
         """Eq. 5: C_{i+1} = C_i ⊕ (R_i, A_{i+1}, F_{i+1}). R and A are there: the model wrote them. → F."""
         try:
             content = [*F.media, {"type": "text", "text": F.text}] if F.media else F.text
-            if not F.final and not self.C.extend_by("tool", content, self.room()):
+            if not F.final and not self.C.append({"role": "tool", "content": content}, self.room()):
                 raise Spent("tokens")
             return F
         except UserError as e:                       # the window cannot be decoded
@@ -692,9 +653,8 @@ class Rollout:
             how = {}
         if exhausted:
             self.force()
-        result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls,
-                        len(self.seen), self.model.tokens + self.model.side, self.model.prefilled, exhausted,
-                        prior, self.records)
+        result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls, len(self.seen),
+                        self.model.tokens + self.model.side, self.model.prefilled, exhausted, prior, self.records)
         self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
         return result
 
@@ -705,7 +665,7 @@ class Rollout:
     def force(self):
         """A budget is spent: "Answer now.", once. If it answers nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
-        self.C.extend_by("user", self.thought)
+        self.C.append({"role": "user", "content": self.thought})
         R = self.C.generate(64, opening=FORCED)
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers
@@ -715,8 +675,8 @@ class Rollout:
         self.step(A, Feedback(A.note or self.answer), began, 0)
 
     def check_answer(self, text, evidence):
-        """(verdict, reason): is the answer supported by what it cites (§3.4)? What was read is looked up in
-        the cited text, where another option contradicts; what was seen is seen again."""
+        """(verdict, reason): is the answer supported by what it cites (§3.4)? What was read is looked up in the cited
+        text, where another option contradicts; what was seen is seen again."""
         index = option_of(text, self.options)
         answer = re.sub(r"\s*\([A-Z]\)$", "", text) if index is None else self.options[index]
         if self.source not in ("asr", "web_search"):
@@ -756,7 +716,6 @@ def run_agent(model, video, question, options=None, **settings):
 
 
 # --------------------------------------------------------------------------------------- trace, page, command
-
 def describe(r):
     """The text of a trace record: printed live, and again in a replay."""
     if r["record"] == "start":
@@ -784,12 +743,10 @@ def read_trace(path):
 
 def png(frame, side=256):
     """(H,W,3) uint8 → PNG bytes; every n-th pixel when it is larger than `side`."""
-    frame = frame[::max(1, frame.shape[0] // side), ::max(1, frame.shape[1] // side)]
-    size = struct.pack(">IIBBBBB", frame.shape[1], frame.shape[0], 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in frame))              # filter 0 in each row
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in ((b"IHDR", size), (b"IDAT", rows), (b"IEND", b"")))
+    frame = np.ascontiguousarray(frame[::max(1, frame.shape[0] // side), ::max(1, frame.shape[1] // side)])
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *frame.shape[:2], "rgb24", Fraction(1)
+    return b"".join(map(bytes, encoder.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))))
 
 
 def page(records):
@@ -827,18 +784,15 @@ def main():
     group.add_argument("--html", metavar="F", help="write one self-contained page with the evidence frames")
     group.add_argument("--replay", metavar="F", help="print a trace again; needs no model")
     args = parser.parse_args()
-    for path in (args.trace, args.html):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path}: no such folder to write it to")
+    for path in filter(None, (args.trace, args.html)):
+        need(Path(path).absolute().parent.is_dir(), f"{path}: no such folder to write it to")
+    need(args.replay or args.question is not None, 'give VIDEO and "question", or --replay TRACE')
     if args.replay:
         records, text = read_trace(args.replay)
         print(text)
-    elif args.question is None:
-        raise UserError("give VIDEO and \"question\", or --replay TRACE")
     else:
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         model, processor = load_model(find_model(args.model), device, dtype)
         if args.trace:
             Path(args.trace).write_text("")

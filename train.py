@@ -5,8 +5,8 @@
     python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
     python train.py --stage base --out runs/base      # pretrain the tiny GQA base (our stand-in for Qwen3-VL)
 
-Reading order: recipe → data (rows → packs → batches) → losses → the loop with its checkpoints → the stages (supervised,
-conversion, GSPO, on-policy distillation) → the chain of stages.
+Reading order: recipe → data (rows → packs → batches) → losses → the loop and its checkpoints → the stages
+(supervised, conversion, GSPO, on-policy distillation) → the chain of stages.
 
 Where this differs from the paper, and why:
  1. Sizes. The paper trains 8 B parameters on 16 M + 7 M samples; the default here is 1.5 M parameters on a toy world.
@@ -22,6 +22,9 @@ import argparse
 import json
 import math
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")            # before torch: threads that spin starve other processes
+
 import shutil
 import subprocess
 import sys
@@ -36,22 +39,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import eval as evaluation
-from iv3 import (
-    Config,
-    Encoded,
-    MediaError,
-    Processor,
-    Tokenizer,
-    UserError,
-    build_model,
-    find_model,
-    generate,
-    load_model,
-    load_rows,
-    run_cli,
-    save_model,
-    write_atomic,
-)
+from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
+                 load_model, load_rows, run_cli, save_model, write_atomic)
 from m2la import M2LA, Calibration, ConvertSpec
 
 HERE = Path(__file__).parent
@@ -63,7 +52,8 @@ SHIPPED = HERE / "data" / "toy" / "weights"                    # the tiny base a
 @dataclass
 class Recipe:
     """One stage. `mix`: file of the data directory → share of packs, or (share at the first step, at the last one). A
-    pack is one video with up to `branches` conversations about it. The learning rate warms up over `warmup` of the steps, then follows a cosine to lr_min."""
+    pack is one video with up to `branches` conversations about it. The learning rate warms up over `warmup` of the
+    steps, then follows a cosine to lr_min."""
     mix: dict
     steps: int
     lr: float
@@ -86,17 +76,18 @@ class Recipe:
     replay_packs: int = 2
 
 
-# The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. As shares of packs: an image pack has
-# about 25 tokens, a text or a video pack of 8 samples about 280.
+# The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. Here as shares of packs: an image
+# pack has about 25 tokens, a text or a video pack of 8 samples about 280.
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
+CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 REPLAY = {"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.4}
 TINY = {
     "vision": Recipe({"glimpses.jsonl": 1.0}, steps=5000, lr=2e-3, muon=0.02, packs=8, branches=1),
-    "base": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1500, lr=1e-3,
-                   lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
+    "base": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1200,
+                   lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
     "teacher": Recipe({"pretrain.jsonl": 0.15, "cpt_text.jsonl": 0.05, "sft_short.jsonl": 0.4, "sft_long.jsonl": 0.4},
-                      steps=1200, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
-    "cpt": Recipe(CPT_MIX, steps=80, lr=5e-4, lr_min=5e-5, packs=48),
+                      steps=450, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
+    "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.3, "cpt_text.jsonl": 0.1}, steps=200, lr=1e-3,
@@ -149,7 +140,7 @@ def make_pack(samples, shared_grids, vision_ids):
 
 
 def collate_packs(packs):
-    """Packs → one right-padded batch. `sample` (B,T): number of the conversation over the whole batch, −1 elsewhere.
+    """Packs → one right-padded batch. `sample` (B,T): number of the conversation in the whole batch, −1 elsewhere.
     `mask` (B,1,T,T): token i sees j ≤ i of its prefix and of its own branch."""
     B, T, count = len(packs), max(len(p.ids) for p in packs), 0
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
@@ -258,7 +249,7 @@ class Loader(torch.utils.data.Dataset):
 # ----------------------------------------------------------------------------------------------------------- losses
 
 def answer_logits(model, batch):
-    """One packed forward. → logits (n,V) that predict the n answer tokens, the tokens (n,), their conversation (n,)."""
+    """One packed forward → logits (n,V) that predict the n answer tokens, these tokens (n,), their conversation (n,)"""
     hidden = model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])     # (B,T,D)
     target = batch["answer"][:, 1:]
     return model.logits(hidden[:, :-1][target]).float(), batch["ids"][:, 1:][target], batch["sample"][:, 1:][target]
@@ -391,8 +382,8 @@ class Trainer:
         recipe = replace(self.recipe, packs=self.recipe.replay_packs)
         return self.supervised(data.batches(step, recipe)) if data.groups else []
 
-    def fit(self, step_of):
-        """Run step_of(step) → dict of figures (with "loss" and "tokens") for every step of the recipe, then save."""
+    def fit(self, step_of, finish=lambda: None):
+        """Run step_of(step) → dict of figures ("loss" and "tokens" among them) for every step; finish(); save."""
         state_file, first, seen = self.directory / "state.pt", 0, 0
         if state_file.is_file():
             state = torch.load(state_file, map_location=self.args.device, weights_only=True)
@@ -425,6 +416,7 @@ class Trainer:
                 self._save_state(step + 1, seen)
                 saved = time.monotonic()
         seconds = time.monotonic() - began
+        finish()
         save_model(self.directory, self.model, self.tokenizer)
         done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
                 "seconds": round(seconds, 1), "recipe": asdict(self.recipe)}
@@ -487,7 +479,7 @@ def train_vision(trainer, data):
             return -(logp.gather(1, batch["target"].clamp_min(0)) * named).sum() / named.sum()
         batch = {"patches": torch.cat(patches), "grids": torch.cat(grids), "target": target}
         return {"loss": trainer.update([(batch, loss_of, 1.0)]), "tokens": len(words)}
-    trainer.fit(step_of)
+    trainer.fit(step_of, finish=lambda: start_lookups(model, trainer.args.seed))
 
 
 def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
@@ -549,8 +541,8 @@ def keep_rows(trainer, data, name, rule):
     if not (path.is_file() and (trainer.directory / "state.pt").is_file()):
         kept = rule()
         if not kept["keep"]:
-            raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is too "
-                            "weak or too strong for this data")
+            raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is "
+                            "too weak or too strong for this data")
         write_atomic(path, lambda p: p.write_text(json.dumps(kept)))
     kept = json.loads(path.read_text())
     ids = set(kept["keep"])
@@ -602,9 +594,9 @@ def train_rl(trainer, data, replay):
         live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
         samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
         live_advantage = advantage.view(-1, G)[live].view(-1)
-        figures = {"loss": 0.0, "reward": float(rewards.mean()), "spread": float(spread.mean()), "kl": 0.0, "clipped": 0.0,
-                   "length": float(np.mean([len(o.ids) for o in outs])), "zero_spread": len(rows) - len(live),
-                   "tokens": sum(len(s.ids) for s in samples)}
+        figures = {"loss": 0.0, "reward": float(rewards.mean()), "spread": float(spread.mean()), "kl": 0.0,
+                   "clipped": 0.0, "length": float(np.mean([len(o.ids) for o in outs])),
+                   "zero_spread": len(rows) - len(live), "tokens": sum(len(s.ids) for s in samples)}
         if not live:
             return figures
         packs = packs_of(data, [rows[i] for i in live], samples, [roots[i] for i in live], G)
@@ -642,7 +634,7 @@ def train_opd(trainer, data, replay, teacher_dir):
     r = trainer.recipe
     teacher, processor = load_model(teacher_dir, trainer.args.device)
     if processor.tokenizer.tokens != trainer.tokenizer.tokens:
-        raise UserError(f"--teacher {teacher_dir}: its vocabulary differs from the student's; OPD compares token by token")
+        raise UserError(f"--teacher {teacher_dir}: its vocabulary differs from the student's; OPD compares by token")
     teacher.requires_grad_(False)
 
     def rule():
@@ -710,41 +702,52 @@ def initial_weights(args):
     return model, Processor(tokenizer, cfg)
 
 
+@torch.no_grad()
 def start_lookups(model, seed):
-    """Initialise the first two layers so that look-ups ("what is at 12 seconds?", "when is the red circle?") are learned
-    in minutes on a CPU instead of hours; everything else stays random. With W = [own; before; asked] orthonormal:
+    """After alignment, initialise the first two layers so that look-ups ("what is at 12 seconds?", "when is the red
+    circle?") are learned in minutes on a CPU; all else stays random. With W = [own; before; asked] orthonormal:
     - all embeddings share one direction, by which a head can attend to position alone. Vision tokens get it here:
       alignment cannot teach it, since it adds the same to the logits of all words;
     - layer 0, head 0 looks 3 tokens back, from a vision token to its timestamp, and notes it in the subspace `before`;
-      head 2 looks 5 back, from "assistant" to what was asked, and notes it in `asked`;
-    - layer 1 matches what was asked with the timestamps (head 0) and with the words of the vision tokens (head 2)."""
+      heads 1 and 2 look 6 and 5 back, from "assistant" to what was asked ("red", " circle"), and note it in `asked`;
+    - layer 1 looks at vision tokens only: head 0 matches what was asked with their timestamps and copies their words,
+      head 2 matches it with their words and copies their timestamps."""
     lm, last = model.language_model, model.visual.merger.linear_fc2
-    shared, generator = lm.embed_tokens.weight.data.mean(0), torch.Generator().manual_seed(seed)
+    shared, generator = lm.embed_tokens.weight.mean(0), torch.Generator().manual_seed(seed)
     unit, Dh = shared / shared.norm(), model.cfg.head_dim
-    last.weight.data -= torch.outer(unit, unit @ last.weight.data)
-    last.bias.data += shared - unit * (unit @ last.bias.data)
-    random = torch.cat([unit[:, None], torch.randn(len(unit), 3 * Dh, generator=generator)], 1)
-    own, before, asked = torch.linalg.qr(random)[0][:, 1:].T.split(Dh)                            # (Dh,D) each
+    last.weight -= torch.outer(unit, unit @ last.weight)
+    last.bias += shared - unit * (unit @ last.bias)
+    random = torch.cat([unit[:, None], torch.randn(len(unit), 3 * Dh + 1, generator=generator)], 1)
+    own, before, asked, sight = torch.linalg.qr(random)[0][:, 1:].T.split([Dh, Dh, Dh, 1])        # (Dh,D), sight (1,D)
+    last.bias += 2 * sight[0]                            # vision tokens can be told from words
     for layer in lm.layers:
-        layer.self_attn.q_norm.weight.data.fill_(1.6)
-        layer.self_attn.k_norm.weight.data.fill_(1.6)
+        layer.self_attn.q_norm.weight.fill_(1.6)
+        layer.self_attn.k_norm.weight.fill_(1.6)
 
     def part(layer, name, head):                         # rows of one head in q, k or v; columns in o
-        weight = getattr(lm.layers[layer].self_attn, name + "_proj").weight.data
+        weight = getattr(lm.layers[layer].self_attn, name + "_proj").weight
         return weight[:, head * Dh:(head + 1) * Dh] if name == "o" else weight[head * Dh:(head + 1) * Dh]
-    for head, kv, steps, note in ((0, 0, 3, before), (2, 1, 5, asked)):
-        query, key = part(0, "q", head).zero_(), part(0, "k", kv).normal_(std=0.05, generator=generator)
-        for l, strength in enumerate((10, 7.5, 5, 5, 5, 5)):     # the fastest frequencies: a key turned ahead by
-            turn = steps * model.cfg.theta ** (-2 * l / Dh)      # `steps` meets the query that comes so much later
-            query[l] = strength * unit / len(unit) ** 0.5
-            key[l] += math.cos(turn) * query[l]
-            key[Dh // 2 + l] += math.sin(turn) * query[l]
+
+    def turned(steps):                                   # a constant vector in the fastest frequencies, `steps` ahead
+        out = torch.zeros(Dh, len(unit))
+        for l, strength in enumerate((10, 7.5, 5, 5, 5, 5)):
+            angle = steps * model.cfg.theta ** (-2 * l / Dh)
+            out[l], out[Dh // 2 + l] = (strength * f(angle) * unit / len(unit) ** 0.5 for f in (math.cos, math.sin))
+        return out
+    for head, kv, steps, note in ((0, 0, 3, before), (1, 0, 6, asked), (2, 1, 5, asked)):
+        ahead = (3, 5)[kv]                               # a key turned ahead meets the query of so many steps later
+        part(0, "q", head).copy_(turned(ahead - steps))
+        part(0, "k", kv).copy_(turned(ahead) + 0.05 * torch.randn(Dh, len(unit), generator=generator))
         part(0, "v", kv).copy_(own)
         part(0, "o", head).copy_(1.5 * note.T)
-    slow = (torch.arange(Dh) % (Dh // 2) >= 6)[:, None]          # frequencies that hardly turn over a clip
-    for head, kv, query, key in ((0, 0, own + asked, before), (2, 1, asked, own)):
+    slow = (torch.arange(Dh) % (Dh // 2) >= 6)[:, None]  # frequencies that hardly turn over a clip
+    for head, kv, query, key, value in ((0, 0, own + asked, before, own), (2, 1, asked, own, before)):
         part(1, "q", head).copy_(query * slow)
         part(1, "k", kv).copy_(key * slow)
+        part(1, "q", head)[12:16] = 0.8 * unit           # always matches the keys of vision tokens
+        part(1, "k", kv)[12:16] = 0.5 * sight
+        part(1, "v", kv).copy_(value)
+        part(1, "o", head).copy_(own.T)
 
 
 def recipe_of(stage, args):
@@ -765,7 +768,7 @@ def start_of(stage, args):
     if stage == "cpt" and args.attn == "m2la" and (args.out / "convert" / "config.json").is_file():
         previous = "convert"
     if not (args.out / previous / "config.json").is_file():
-        raise UserError(f"{args.out}: has no finished '{previous}' to start '{stage}' from; run it first or give --init DIR")
+        raise UserError(f"{args.out}: has no finished '{previous}' for '{stage}'; run it first or give --init DIR")
     return args.out / previous
 
 
@@ -786,9 +789,8 @@ def run_stage(stage, args):
     if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
         convert_stage(model, processor, args)
     elif stage in ("sft_short", "sft_long", "rl", "opd") and model.cfg.attn != args.attn:
-        raise UserError(f"{start}: its attention is {model.cfg.attn}; run --stage cpt first or give --attn {model.cfg.attn}")
-    if stage == "base":
-        start_lookups(model, args.seed)
+        kind = model.cfg.attn
+        raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
     trainer = Trainer(model, processor, recipe, stage, args, start)
     stage_data = data(recipe.mix)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
@@ -810,7 +812,7 @@ def run_stage(stage, args):
 
 def convert_stage(model, processor, args):
     """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
-    data = Data(args.data_dir, TINY["cpt"].mix, processor, model.vision_ids, args.seed, "convert")
+    data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
     rows = load_rows(args.data_dir / "val.jsonl")
 
     def held_out():
@@ -862,7 +864,8 @@ def scores_of(stage, args):
         if stage not in ("base", "convert", "cpt"):
             for length in ("short", "long"):
                 test, train = (args.data_dir / f"{name}_{length}.jsonl" for name in ("test", "sft"))
-                scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed, model_dir=args.out / stage)
+                scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed,
+                                                     model_dir=args.out / stage)
         write_atomic(path, lambda p: p.write_text(json.dumps(scores)))
     return json.loads(path.read_text())
 

@@ -259,6 +259,19 @@ def test_resizing_keeps_flat_colours_flat():
     assert (patches.view(8, 3, -1) == torch.tensor([10, 200, 90])[:, None]).all()
 
 
+def test_the_position_table_is_interpolated_in_the_order_of_the_patches(tokenizer):
+    """From 3×3 to 4×6, corners kept: by hand, row and column of the table for each patch of the tower's order."""
+    tower = random_model(CONFIG, tokenizer).visual
+    table = tower.pos_embed.weight.detach().view(3, 3, -1)
+    expected = []
+    for y, x in [(2 * H + a, 2 * W + b) for H in range(2) for W in range(3) for a in range(2) for b in range(2)]:
+        (r, down), (c, right) = divmod(y * 2 / 3, 1), divmod(x * 2 / 5, 1)
+        r, c, below, beside = int(r), int(c), min(int(r) + 1, 2), min(int(c) + 1, 2)
+        expected.append((1 - down) * ((1 - right) * table[r, c] + right * table[r, beside])
+                        + down * ((1 - right) * table[below, c] + right * table[below, beside]))
+    torch.testing.assert_close(tower.position_embedding(4, 6).detach(), torch.stack(expected))
+
+
 # ---------------------------------------------------------------------------------------------------------- video files
 
 def test_read_video_gives_frames_with_their_times(folder):

@@ -37,7 +37,7 @@ def every(rows):
     return [row for part in rows.values() for row in part]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def frames(path):
     """-> times (F,), pixels (F, 32, 32, 3)"""
     with av.open(str(path)) as file:
@@ -104,7 +104,9 @@ def test_splits_share_no_clip_and_facts_differ(world, rows):
     for name, part in rows.items():
         for row in part:
             if "clip" in row:
-                group = {"glimpses": "pretrain", "near": "pretrain"}.get(name, name.split("_")[0] if name.startswith("test") else name)
+                same = {"glimpses": "pretrain", "near": "pretrain", "test_short": "test", "test_long": "test",
+                        "test_agent": "test"}
+                group = same.get(name, name)
                 assert owner.setdefault(row["clip"], group) == group
     drawn = [f.read_bytes() for f in world.rglob("*.mp4")]
     assert len(set(drawn)) == len(drawn) == len(owner)
@@ -151,8 +153,8 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 
 # ---- rows ----
 def test_schema(world, rows):
-    assert set(rows) == {"pretrain", "glimpses", "near", "cpt_text", "cpt_image", "cpt_video", "sft_short", "sft_long", "rl", "val", "test_short", "test_long",
-                         "test_agent"}
+    assert set(rows) == {"pretrain", "glimpses", "near", "cpt_text", "cpt_image", "cpt_video", "sft_short", "sft_long",
+                         "rl", "val", "test_short", "test_long", "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
     for row in all_rows:

@@ -1,17 +1,16 @@
 """A toy world that a tiny model learns in minutes: real mp4s, speech, facts, questions, agent rollouts.
 
-Stands in for the paper's training data (§4): text, image and video captions for CPT, multiple choice and
-grounding for SFT and RL, long clips with hidden evidence for the agent (§3.1). A clip is a row of scenes; in
-each, one coloured shape moves over a background, and no (colour, shape) pair comes twice. Beyond that:
-flashes of one second at the frame's border, words "said" in an .srt beside each long clip, and a folder of
-texts on what each object eats and where it lives. Scenes last 2-6 s and wrong options are things of the same
-clip, so that trivial guesses score low.
+Stands in for the paper's training data (§4): text, image and video captions for CPT, multiple choice and grounding for
+SFT and RL, long clips with hidden evidence for the agent (§3.1). A clip is a row of scenes of 2-6 s; in each, one
+coloured shape moves over a background, and no (colour, shape) pair comes twice. Beyond that: flashes of one second at
+the frame's border, words "said" in an .srt beside each long clip, and a folder of texts on what each object eats and
+where it lives. Wrong options are things of the same clip, so that trivial guesses score low.
 
     python data/toy/prepare.py --out DIR                       # half a minute: all files of the default run
     python data/toy/prepare.py --out DIR --pretrain 2000       # and clips for pretraining the tiny base model
 
-Every clip comes from default_rng([seed, split, index]): one seed, the same bytes, whatever --jobs is. A
-finished data set leaves done.json; an interrupted one goes on where it stopped.
+Every clip comes from default_rng([seed, split, index]): one seed, the same bytes, whatever --jobs is. A finished data
+set leaves done.json; an interrupted one goes on where it stopped.
 """
 import argparse
 import json
@@ -32,12 +31,10 @@ VERSION = 1  # raise it when the same settings give other data: older folders ar
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
-           "purple": (130, 40, 172), "orange": (242, 128, 16), "cyan": (36, 212, 224),
-           "pink": (255, 120, 190)}
+           "purple": (130, 40, 172), "orange": (242, 128, 16), "cyan": (36, 212, 224), "pink": (255, 120, 190)}
 SHAPES = {s: s + "s" for s in ("circle", "square", "triangle", "ring", "diamond")} | {"cross": "crosses"}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-BACKGROUNDS = {"grey": (125, 125, 125), "sand": (205, 182, 140), "slate": (66, 80, 100),
-               "mint": (185, 220, 200)}
+BACKGROUNDS = {"grey": (125, 125, 125), "sand": (205, 182, 140), "slate": (66, 80, 100), "mint": (185, 220, 200)}
 FLASHES = {"white": (255, 255, 255), "black": (0, 0, 0), "lime": (160, 255, 0), "magenta": (255, 0, 220),
            "navy": (0, 0, 140), "maroon": (120, 0, 30)}
 WORDS = ("maple river candle window garden silver bridge thunder pencil island mirror rocket basket winter "
@@ -57,18 +54,17 @@ TEXT = dict(
     order="Which of these appears first?", count="How many scenes show a {shape}?",
     brief="Which colour flashes between {a} and {b} seconds?", speech="Which word is said at {t} seconds?",
     fact="What does the shape at {t} seconds eat?", grounding="When is the {object} shown?",
-    span="From {a} to {b} seconds.", caption="Describe the video.", glimpses="Describe every second.", part="{a} to {b}: {scene}.",
-    lookup="Describe {t} seconds.", find="Find the {object}.", found="{a} to {b}",
-    tally="Count the {shapes}.", first="Which is earlier, {x} or {y}?",
-    image="Describe the image.", still="{colour} {shape} on {background}",
-    scene="{colour} {shape} moving {direction} on {background}", flash=" with a {flash} flash",
-    claim_what="at {t} seconds there is a {object}.", claim_brief="{question} {flash}",
+    span="From {a} to {b} seconds.", caption="Describe the video.", glimpses="Describe every second.",
+    part="{a} to {b}: {scene}.", lookup="Describe {t} seconds.", find="Find the {object}.", found="{a} to {b}",
+    tally="Count the {shapes}.", first="Which is earlier, {x} or {y}?", image="Describe the image.",
+    still="{colour} {shape} on {background}", scene="{colour} {shape} moving {direction} on {background}",
+    flash=" with a {flash} flash", claim_what="at {t} seconds there is a {object}.", claim_brief="{question} {flash}",
     claim_direction="at {t} seconds there is a {object} moving {direction}.",
-    verify="Claim: {claim}\nAnswer support, contradict or unclear.",
-    eats="The {object} eats {food}.", lives="The {object} lives in a {place}.",
-    ask_eats="What does the {object} eat?", ask_lives="Where does the {object} live?",
-    said="{a} to {b}: the word is {word}", silence="no speech between {a} and {b} seconds", error="error: ",
-    view="{a} to {b} seconds.", hit="[{colour}_{shape}.txt] {fact}", query="{object} eats",
+    verify="Claim: {claim}\nAnswer support, contradict or unclear.", eats="The {object} eats {food}.",
+    lives="The {object} lives in a {place}.", ask_eats="What does the {object} eat?",
+    ask_lives="Where does the {object} live?", said="{a} to {b}: the word is {word}",
+    silence="no speech between {a} and {b} seconds", error="error: ", view="{a} to {b} seconds.",
+    hit="[{colour}_{shape}.txt] {fact}", query="{object} eats",
     system="You are a video agent. Look, listen and search before you answer.",
     think_brief="fine-grained: a flash is brief, look from {a} to {b} seconds.",
     saw_brief="{flash} flash at {t} seconds.", think_speech="speech: hear what is said at {t} seconds.",
@@ -221,8 +217,8 @@ def draw_clip(rng, clip):
 
 def write_text(path, text):
     """Under another name first: a file that is there is whole."""
-    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def write_media(path, rng, frames, container, codec, pix_fmt, options):
@@ -275,8 +271,8 @@ class Asker:
         place = (self.index + self.index // 4 + self.asked[kind] + (MCQ + UNSEEN).index(kind)) % 4
         self.asked[kind] += 1
         if kind == "order":
-            four = sorted(pick(rng, clip.scenes, 4), key=lambda s: s.start)
-            right, wrong = four[0].object, [s.object for s in four]
+            wrong = [s.object for s in sorted(pick(rng, clip.scenes, 4), key=lambda s: s.start)]
+            right = wrong[0]
         elif kind == "count":
             shown = {s: sum(x.shape == s for x in clip.scenes) for s in SHAPES}
             rank = min(rng.integers(4), max(shown.values()))  # the answer's rank among the options is uniform
@@ -322,8 +318,7 @@ class Asker:
             yield make("caption", "lookup", video, tell("lookup", t=t), clip.phrase(t, t + 1))
         whole = [s for s in parts if s.end - s.start >= 1]
         for s in pick(rng, whole, find):
-            yield make("caption", "find", video, tell("find", object=s.object),
-                       tell("found", a=s.start, b=s.end))
+            yield make("caption", "find", video, tell("find", object=s.object), tell("found", a=s.start, b=s.end))
         for _ in range(first):
             x, y = pick(rng, whole, 2)
             yield make("caption", "first", video, tell("first", x=x.object, y=y.object),
@@ -359,7 +354,8 @@ class Asker:
             else:
                 named = pick(rng, [s.object for s in clip.scenes if (s.object != named) == wrong])
                 claim = tell("claim_what", t=t, object=named)
-            a = pick(rng, [a for a in range(clip.duration - width + 1) if (a <= t < a + width) != (verdict == "unclear")])
+            inside = verdict != "unclear"
+            a = pick(rng, [a for a in range(clip.duration - width + 1) if (a <= t < a + width) == inside])
             yield make("mcr", "verify", self.video(start=a, end=a + width), tell("verify", claim=claim), verdict)
 
     def open(self, kinds):
@@ -411,12 +407,10 @@ class Asker:
             return [call(think, "view", start=a, end=b), {"role": "tool", "content": seen}]
 
         if kind == "brief":
-            turns = look(tell("think_brief", a=a, b=b), a, b)
-            saw = tell("saw_brief", flash=word, t=t)
+            turns, saw = look(tell("think_brief", a=a, b=b), a, b), tell("saw_brief", flash=word, t=t)
         elif kind == "speech":
             heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
-            turns = [call(tell("think_speech", t=t), "asr", start=t - 2, end=t + 2),
-                     {"role": "tool", "content": heard}]
+            turns = [call(tell("think_speech", t=t), "asr", start=t - 2, end=t + 2), {"role": "tool", "content": heard}]
             saw = tell("saw_speech", word=word)
         elif kind == "fact":
             names = {"object": scene.object, "food": word, "colour": scene.colour, "shape": scene.shape}
@@ -463,9 +457,9 @@ def pieces():
     found |= {form.format(i) for i in range(181) for form in ("{}", "<{}")}
     found |= {f".{i}{end}" for i in range(10) for end in ("", " seconds>")}
     found |= {form.format(x) for x in "ABCD" for form in ("{}", "\n{}. ", " ({})")}
-    found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]", "-"}
-    found |= {'\n{"name": "', '", "arguments": {', '\n{"name": "summarize", "arguments": {}}\n'}
-    found |= {'"}}\n', "}}\n", "]]}}\n"}
+    found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]", "-",
+              '"}}\n', "}}\n", "]]}}\n", '\n{"name": "', '", "arguments": {',
+              '\n{"name": "summarize", "arguments": {}}\n'}
     for tool, names in TOOLS.items():
         after = {"evidence": "[[", "start": "", "end": "", "fps": ""}  # the others are strings
         opened = [f'"{name}": ' + after.get(name, '"') for name in names]
@@ -476,12 +470,11 @@ def pieces():
 
 # ---- splits ----------------------------------------------------------------------------------------------
 SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
-    "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "cpt": ("cpt", "short", 60, ["cpt_video"]),
-    "sft": ("sft", "short", 600, ["sft_short"]), "sft_agent": ("sft", "long", 40, ["sft_short"]),
-    "long": ("long", "long", 160, ["sft_long"]), "rl": ("rl", "short", 200, ["rl"]),
-    "rl_long": ("rl", "long", 40, ["rl"]), "val": ("val", "short", 40, ["val"]),
-    "test": ("test", "short", 100, ["test_short"]),
-    "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
+    "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]),
+    "cpt": ("cpt", "short", 200, ["cpt_video"]), "sft": ("sft", "short", 600, ["sft_short"]),
+    "sft_agent": ("sft", "long", 40, ["sft_short"]), "long": ("long", "long", 160, ["sft_long"]),
+    "rl": ("rl", "short", 200, ["rl"]), "rl_long": ("rl", "long", 40, ["rl"]), "val": ("val", "short", 40, ["val"]),
+    "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
 TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
 
 
@@ -547,8 +540,7 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
     if done.exists():
         return json.loads(done.read_text())
     resume = started.exists()
-    folders = {f"clips/{SPLITS[s][0]}" for s, n in clips.items() if n}
-    for folder in ["images", "facts/train", "facts/test", *folders]:
+    for folder in ("images", "facts/train", "facts/test", *(f"clips/{SPLITS[s][0]}" for s, n in clips.items() if n)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     write_text(started, json.dumps({"settings": settings}))
     # other facts in the test: they have to be searched, not remembered
@@ -566,11 +558,11 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
         for (_, _, split, *_), parts in zip(work, made):
             for name, rows in zip(SPLITS[split][3], parts):
                 files[name] += rows
-    makers = (("cpt_text", round(TEXTS * scale), lambda rng, path: text_row(rng)),
-              ("cpt_image", round(IMAGES * scale), lambda rng, path: image_row(rng, out, path)))
+    makers = (("cpt_text", TEXTS, lambda rng, i: text_row(rng)),
+              ("cpt_image", IMAGES, lambda rng, i: image_row(rng, out, f"images/{i:05d}.png")))
     for k, (name, count, make_row) in enumerate(makers):
-        files[name] = [{"id": f"{name}-{i:05d}", **make_row(np.random.default_rng([seed, 100 + k, i]), f"images/{i:05d}.png")}
-                       for i in range(count)]
+        files[name] = [{"id": f"{name}-{i:05d}", **make_row(np.random.default_rng([seed, 100 + k, i]), i)}
+                       for i in range(round(count * scale))]
     for name, rows in files.items():
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(out / "vocab.json", json.dumps(pieces(), indent=0))
@@ -581,8 +573,7 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the data set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every count but --pretrain's")
