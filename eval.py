@@ -45,14 +45,17 @@ def final_text(text):
 
 
 def parse_letter(text, options):
-    """The letter a text chooses, or None. 'red (B)' is the house format: there the letter counts even if the word
-    before it is another option's. Everywhere else a letter and an option that contradict each other are no answer."""
+    """The letter a text chooses, or None. 'red (B)' is the house format, word then letter: a tiny model learns to
+    name an option long before it learns the letters, so there the word counts if it is one option's (`letter_agrees`
+    says how often the letter is too). Elsewhere a letter and an option that contradict each other are no answer."""
     text, one = final_text(text), f"([{LETTERS[:len(options)]}])"
     if whole := re.fullmatch(rf"\W*{one}\W*", text, re.I):                                  # B   (b)   B.
         return whole[1].upper()
     several = len(set(re.findall(rf"\({one}\)", text))) > 1
     if (house := re.search(rf"\w\W*\({one}\)\W*$", text)) and not several:                  # red (B)
-        return house[1]
+        word = text[:house.start(1) - 1].strip().lower()
+        same = [LETTERS[i] for i, option in enumerate(options) if option.lower() == word]
+        return same[0] if len(same) == 1 else house[1]
     words, low = [" ".join(o.lower().split()) for o in options], " ".join(text.lower().split())
     found = [w for w in words if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", low)]
     found = [w for w in found if not any(w != v and w in v for v in found)]                 # "star" inside "red star"
@@ -173,8 +176,9 @@ def score_mcq(texts, rows, seed=0):
     picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
     values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
     kinds = by_kind(values, rows)
+    agree = [float(f"({letter})" in text) for letter, text in zip(picked, texts) if letter]
     return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
-            "kinds": kinds, "letters": dict(sorted(Counter(filter(None, picked)).items())),
+            "letter_agrees": float(np.mean(agree or [0.0])), "kinds": kinds, "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
 
 
@@ -421,7 +425,7 @@ def agent_row(model, processor, row, root, facts, budget):
     live = mcr_agent.LiveModel(model, processor, budget.tokens)
     text = next(i["text"] for i in user_turn(row)["content"] if i["type"] == "text")
     try:
-        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.partition("\nA. ")[0], row["options"],
+        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.rpartition("\n")[2], row["options"],
                                   budget=budget, facts=facts)
     except iv3.MediaError:
         return {"text": None, "hit": 0.0, "forced": 0, "frames": 0}

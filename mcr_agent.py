@@ -410,10 +410,11 @@ class Tool:
 
 
 WINDOW, MAYBE = {"start": "number", "end": "number"}, {"start": "number?", "end": "number?"}
+MOMENT = {"start": "number", "end": "number?"}       # without an end: two seconds
 TOOLS = {tool.run.__name__: tool for tool in (
-    Tool("perceptive", view, {**WINDOW, "fps": "number?"}, "look at a window closely"),
+    Tool("perceptive", view, {**MOMENT, "fps": "number?"}, "look at a window closely"),
     Tool("tool", video_segmentation, MAYBE, "find the scenes"),
-    Tool("tool", asr, WINDOW, "what is said in a window"),
+    Tool("tool", asr, MOMENT, "what is said in a window"),
     Tool("tool", web_search, {"query": "text"}, "search the documents"),
     Tool("tool", temporal_grounding, {"query": "text"}, "find when something is shown"),
     Tool("memory", memory_read, {"query": "text?", **MAYBE}, "recall by meaning or by time"),
@@ -466,6 +467,8 @@ def check_call(call, duration):
             call_needs(pairs and 0 < len(value) <= 8, f"{f} must be a list of 1 to 8 windows [start, end]")
             checked = [check_window(*span, duration) for span in value]
             arguments[f], note = [span for span, _ in checked], max(n for _, n in checked)
+    if fields.items() >= MOMENT.items() and "end" not in arguments and type(arguments["start"]) in (int, float):
+        arguments["end"] = min(arguments["start"] + 2, duration)
     call_needs(("start" in arguments) == ("end" in arguments), f"{name} needs both start and end")
     if "start" in arguments:
         span, note = check_window(arguments["start"], arguments["end"], duration)
@@ -524,7 +527,7 @@ class Rollout:
         if facts:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
-        self.question = sanitise(question.split("\nA. ")[0] if options else question)
+        self.question = sanitise(question)
         self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
         self.memory, self.V = Memory(), [(0.0, self.duration)]
@@ -543,7 +546,8 @@ class Rollout:
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
         for a, b, text in read_subtitles(self.video):
             self.memory.add("subtitle", text, a, b, "subtitles")
-        text = self.question + "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
+        text = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
+        text = f"{text}\n{self.question}" if text else self.question
         for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
             fits = self.C.append({"role": role, "content": content}, self.room())
             need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")

@@ -59,6 +59,7 @@ class Recipe:
     lr: float
     lr_min: float = 0.0
     warmup: float = 0.03
+    stop: int = 0                            # end after so many steps of that schedule; 0: at its end
     weight_decay: float = 0.05
     packs: int = 8                           # packs (videos) per step
     branches: int = 8                        # conversations per pack
@@ -84,14 +85,14 @@ REPLAY = {"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.4}
 TINY = {
     "vision": Recipe({"glimpses.jsonl": 1.0}, steps=5000, lr=2e-3, muon=0.02, packs=8, branches=1),
     "base": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1200,
-                   lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
+                   stop=578, lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
     "teacher": Recipe({"pretrain.jsonl": 0.15, "cpt_text.jsonl": 0.05, "sft_short.jsonl": 0.4, "sft_long.jsonl": 0.4},
                       steps=450, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
     "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
-                        lr_min=1e-4, warmup=0.1, branches=12, reduction="square"),
+                        lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.3, "cpt_text.jsonl": 0.1}, steps=200, lr=1e-3,
-                       lr_min=1e-4, warmup=0.1, branches=12, reduction="square"),
+                       lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=100, lr=1e-4, lr_min=1e-4, weight_decay=0.0, branches=4, replay=REPLAY),
     "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=5e-4, lr_min=5e-5, weight_decay=0.0, replay=REPLAY),
 }
@@ -239,7 +240,7 @@ class Loader(torch.utils.data.Dataset):
         self.data, self.recipe, self.first = data, recipe, first
 
     def __len__(self):
-        return self.recipe.steps - self.first
+        return (self.recipe.stop or self.recipe.steps) - self.first
 
     def __getitem__(self, i):
         torch.set_num_threads(1)
@@ -301,14 +302,15 @@ def optimizers(model, recipe):
     """AdamW; with recipe.muon, Muon for the weight matrices inside the blocks (it learns the toy's shapes about four
     times faster) and AdamW for the rest: embeddings, norms, biases."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n] if recipe.muon else []
+    muon = recipe.muon and hasattr(torch.optim, "Muon")
+    if recipe.muon and not muon:
+        print(f"torch {torch.__version__} has no Muon (2.9 has): AdamW for everything, expect lower scores")
+    matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n] if muon else []
     rest = [p for _, p in named if not any(p is q for q in matrices)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     out = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.98), fused=True)]
     if matrices:
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError("this stage uses Muon, which needs torch 2.9 or newer; use the shipped base instead")
         out.append(torch.optim.Muon(matrices, lr=recipe.muon, weight_decay=recipe.weight_decay, momentum=0.95))
     return out
 
@@ -395,7 +397,7 @@ class Trainer:
             first, seen = state["step"], state["tokens"]
             print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
         self._cut_metrics(first)
-        steps = self.recipe.steps
+        steps = self.recipe.stop or self.recipe.steps
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began = time.monotonic(), time.monotonic()
         self.model.train()
@@ -753,7 +755,7 @@ def start_lookups(model, seed):
 def recipe_of(stage, args):
     """The stage's recipe with the command's overrides."""
     recipe = TINY[stage]
-    flags = ("steps", "lr", "packs", "branches", "tokens")
+    flags = ("steps", "stop", "lr", "muon", "packs", "branches", "tokens")
     changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.data:
         changes["mix"] = {str(path): 1.0 for path in args.data}
@@ -865,7 +867,7 @@ def scores_of(stage, args):
             for length in ("short", "long"):
                 test, train = (args.data_dir / f"{name}_{length}.jsonl" for name in ("test", "sft"))
                 scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed,
-                                                     model_dir=args.out / stage)
+                                                     blind=stage == "sft_short", model_dir=args.out / stage)
         write_atomic(path, lambda p: p.write_text(json.dumps(scores)))
     return json.loads(path.read_text())
 
@@ -941,7 +943,9 @@ def main():
     add("--pretrain", type=int, default=2000, help="toy data: videos to pretrain a base on")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, help="steps of the stage (default: the recipe's)")
+    add("--stop", type=int, help="end after so many of them, the schedule unchanged (0: at the end)")
     add("--lr", type=float, help="peak learning rate")
+    add("--muon", type=float, help="learning rate of Muon for weight matrices (0: AdamW for everything)")
     add("--packs", type=int, help="videos per step")
     add("--branches", type=int, help="questions per video")
     add("--tokens", type=int, help="padded tokens of one forward; a larger step is accumulated")
@@ -954,8 +958,8 @@ def main():
     add("--jobs", type=int, default=os.cpu_count(), help="processes of the agent's evaluation")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
-    for name in ("steps", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
-        least = 0 if name in ("workers", "save_every", "seed") else 1
+    for name in ("steps", "stop", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
+        least = 0 if name in ("stop", "muon", "workers", "save_every", "seed") else 1
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.lr is not None and not 0 < args.lr < 1:

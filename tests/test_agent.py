@@ -150,7 +150,7 @@ def test_a_rollout_looks_answers_and_cites(clip):
     assert roles == ["system", "user", "tool"]
     first, text = model.messages[1]["content"]
     assert first["max_frames"] == 24 and first["pairs"]
-    assert text["text"].endswith("s?\nA. red\nB. blue\nC. grey\nD. sand")
+    assert text["text"].startswith("\nA. red\nB. blue\nC. grey\nD. sand\nWhat")
     seen, text = model.messages[2]["content"]
     assert (seen["start"], seen["end"], seen["fps"]) == (33.0, 37.0, 2.0) and text["text"] == "33 to 37 seconds."
     assert model.looks[0]["content"][0]["start"] == 33.0 and model.looks[0]["content"][0]["end"] == 35.0
@@ -203,9 +203,9 @@ def test_observations_are_noted_and_summarized(clip):
     (call("view", start=math.nan, end=3), "error: start and end must be finite"),
     (call("view", start=1, end=math.inf), "error: start and end must be finite"),
     (call("view", start=10 ** 400, end=3), "error: start and end must be finite"),
-    (call("view", start=5, end=5), "error: start must be before end"),
+    (call("view", start=5, end=5), "error: start must be before end"), (call("view", end=1), "error: view needs 'start'"),
+    (call("memory_write", text="x", start=1), "error: memory_write needs 'end'"),
     (call("view", start=70, end=80), "error: the video ends at 60 seconds"),
-    (call("view", start=1), "error: view needs 'end'"),
     (call("view", start=1, end=2, zoom=3), "error: view has no 'zoom'"),
     (call("view", start=1, end=2, fps=0), "error: fps"),
     (call("web_search", query="x" * 301), "error: query must be a text"),

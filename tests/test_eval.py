@@ -21,7 +21,7 @@ ROOT = Path(evaluation.__file__).parent
 
 
 def mcq(answer, kind="colour", options=OPTIONS, clip="a.mp4", **more):
-    user = [{"type": "video", "video": clip}, {"type": "text", "text": QUESTION + "\nA. red"}]
+    user = [{"type": "video", "video": clip}, {"type": "text", "text": "\nA. red\n" + QUESTION}]
     return {"id": f"{clip}-{kind}", "task": "mcq", "kind": kind, "options": options, "answer": answer,
             "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": f"x ({answer})"}], **more}
 
@@ -42,7 +42,7 @@ def grounding(start, end, clip="a.mp4", duration=20.0, **more):
     ("The answer is A. No, the answer is C", "C"), ("Not (A) or (B): the answer is (C)", "C"),
     ("<think>it may be red (A)</think>\nblue (B)", "B"), ("It is blue.", "B"), ("The shape is  BLUE", "B"),
     ("a red star", "D"),                          # "red" inside "red star" is no second choice
-    ("red (B)", "B"),                             # house format: the letter counts
+    ("red (B)", "A"), ("mauve (B)", "B"),         # house format: the word counts if it is an option
     ("(B) red", None), ("B. red", None), ("the answer is B, red", None),      # elsewhere they must agree
     ("red or blue", None), ("red (A) blue (B)", None), ("(A) red (B)", None), ("blueish", None),
     ("E", None), ("blue (E)", "B"), ("I do not know", None), ("", None), (None, None), ("<think>B</think>", None),

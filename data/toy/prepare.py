@@ -292,7 +292,8 @@ class Asker:
         options = pick(rng, sorted(set(wrong) - {right}), 3)
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
-        text = "\n".join([tell(kind, t=t, a=a, b=b, shape=shape), *map("{}. {}".format, "ABCD", options)])
+        # options first: what is asked then stands right before the answer, where a small model looks for it
+        text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=b, shape=shape)
         return text, f"{right} ({'ABCD'[place]})", {"answer": "ABCD"[place], "options": options}
 
     def mcq(self, kinds):
@@ -362,7 +363,7 @@ class Asker:
         """Questions without options, answered by the word."""
         for kind, t in zip(kinds, pick(self.rng, self.clip.seconds(), len(kinds))):
             text, reply, _ = self.question(kind, t)
-            yield make("caption", "open", self.video(), text.partition("\nA. ")[0], reply.partition(" (")[0])
+            yield make("caption", "open", self.video(), text.rpartition("\n")[2], reply.partition(" (")[0])
 
     def agent(self, kinds, exam=False):
         """Agent questions. For training: the oracle's rollout of each and, beside it, the question asked
@@ -402,24 +403,26 @@ class Asker:
             text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
             return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
 
-        def look(think, a, b):
+        def look(think, a, b=None):  # a moment, two seconds, is named by its start alone
+            times, b = {"start": a} | ({"end": b} if b else {}), b or min(a + 2, self.clip.duration)
             seen = [self.video(start=a, end=b, fps=2), {"type": "text", "text": tell("view", a=a, b=b)}]
-            return [call(think, "view", start=a, end=b), {"role": "tool", "content": seen}]
+            return [call(think, "view", **times), {"role": "tool", "content": seen}], [a, b]
 
         if kind == "brief":
-            turns, saw = look(tell("think_brief", a=a, b=b), a, b), tell("saw_brief", flash=word, t=t)
+            turns, saw = look(tell("think_brief", a=a, b=b), a, b)[0], tell("saw_brief", flash=word, t=t)
+            found = [t, b]
         elif kind == "speech":
             heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
-            turns = [call(tell("think_speech", t=t), "asr", start=t - 2, end=t + 2), {"role": "tool", "content": heard}]
+            turns = [call(tell("think_speech", t=t), "asr", start=t), {"role": "tool", "content": heard}]
             saw = tell("saw_speech", word=word)
         elif kind == "fact":
             names = {"object": scene.object, "food": word, "colour": scene.colour, "shape": scene.shape}
-            turns = look(tell("think_fact", t=t), t - 1, t + 1)
+            turns, found = look(tell("think_fact", t=t), t)
             turns += [call(tell("then_fact", **names), "web_search", query=tell("query", **names)),
                       {"role": "tool", "content": tell("hit", fact=tell("eats", **names), **names)}]
             saw = tell("saw_fact", **names)
         else:
-            turns = look(tell("think_seen", t=t), t - 1, t + 1)
+            turns, found = look(tell("think_seen", t=t), t)
             saw = tell("saw_seen", scene=tell("scene", **asdict(scene)))
         return [*turns, call(saw, "answer", text=reply, evidence=[found])]
 
