@@ -178,7 +178,8 @@ def score_mcq(texts, rows, seed=0):
     kinds = by_kind(values, rows)
     agree = [float(f"({letter})" in text) for letter, text in zip(picked, texts) if letter]
     return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
-            "letter_agrees": float(np.mean(agree or [0.0])), "kinds": kinds, "letters": dict(sorted(Counter(filter(None, picked)).items())),
+            "letter_agrees": float(np.mean(agree or [0.0])), "kinds": kinds,
+            "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
 
 

@@ -91,9 +91,9 @@ TINY = {
     "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.3, "cpt_text.jsonl": 0.1}, steps=200, lr=1e-3,
-                       lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=100, lr=1e-4, lr_min=1e-4, weight_decay=0.0, branches=4, replay=REPLAY),
+    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=260, lr=1e-3,
+                       lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=60, lr=1e-4, lr_min=1e-4, weight_decay=0.0, branches=4, replay=REPLAY),
     "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=5e-4, lr_min=5e-5, weight_decay=0.0, replay=REPLAY),
 }
 PREVIOUS = {"base": "vision", "teacher": "base", "cpt": "base", "sft_short": "cpt", "sft_long": "sft_short",

@@ -505,7 +505,7 @@ def rows_of(split, ask, i):
     agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(3)]
     if split == "sft_agent":
         return [agent]
-    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *agent, *ask.dense(0, 2, 2, 0, 0)]]
+    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *agent, *ask.dense(1, 6, 6, 0, 0)]]
 
 
 def make_clip(job):
