@@ -72,7 +72,7 @@ class Recipe:
     kl: float = 0.03                         # RL: weight of the KL to the SFT model
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
-    pool: int = 400                          # RL, OPD: prompts that the filter looks at
+    pool: int = 2000                         # RL, OPD: prompts that the filter looks at
     replay: dict = field(default_factory=dict)   # RL, OPD: supervised packs added to every update, file → share
     replay_packs: int = 2
 
@@ -94,7 +94,7 @@ TINY = {
     "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=260, lr=1e-3,
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=60, lr=1e-4, lr_min=1e-4, weight_decay=0.0, branches=4, replay=REPLAY),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=5e-4, lr_min=5e-5, weight_decay=0.0, replay=REPLAY),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=2e-4, lr_min=2e-5, weight_decay=0.0, replay=REPLAY),
 }
 PREVIOUS = {"base": "vision", "teacher": "base", "cpt": "base", "sft_short": "cpt", "sft_long": "sft_short",
             "rl": "sft_long", "opd": "rl"}

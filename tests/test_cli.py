@@ -194,3 +194,24 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     again = subprocess.run(arguments, cwd=world, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming at step" in again.stdout
     assert [json.loads(x)["step"] for x in metrics.open()] == list(range(20))
+
+
+def test_the_whole_recipe_from_one_command(command, world):
+    """Data, conversion, four stages, agent and table, at the smallest scale; a second call only prints the table."""
+    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 3, "--jobs", 1)
+    code, out, err = command(world, *arguments)
+    assert code == 0, err
+    results = json.loads((world / "whole" / "results.json").read_text())
+    for stage in ("sft_short", "sft_long", "rl", "opd"):
+        for length in ("short", "long"):
+            for name in ("mcq", "miou", "r1_50", "width"):
+                assert {name, f"{name}_n", f"{name}_ci"} <= set(results[stage][length])
+    for length in ("short", "long"):
+        assert 0 < results["baselines"][length]["miou"] < results["baselines"][length]["mcq"] < 1
+    assert results["convert"]["cache_ratio"] == 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
+    for evidence in ("unseen", "seen"):
+        assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
+    weights = (world / "whole" / "opd" / "weights.pt").read_bytes()
+    code, again, err = command(world, *arguments)
+    assert code == 0 and again.partition("\nS: ")[2][:2000] == out.partition("\nS: ")[2][:2000]
+    assert (world / "whole" / "opd" / "weights.pt").read_bytes() == weights
