@@ -757,6 +757,8 @@ def recipe_of(stage, args):
     recipe = TINY[stage]
     flags = ("steps", "stop", "lr", "muon", "packs", "branches", "tokens")
     changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    if args.steps and args.stop is None:
+        changes["stop"] = 0                              # the recipe's own stop belongs to its own schedule
     if args.data:
         changes["mix"] = {str(path): 1.0 for path in args.data}
     return replace(recipe, **changes)
