@@ -31,15 +31,6 @@ def write_clip(path, colours, fps=4, side=32):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """One token at a time gains nothing from a second thread, and waits for it when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """60 s, three scenes, subtitles beside it."""

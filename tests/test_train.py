@@ -21,15 +21,6 @@ from train import Data, Recipe, Trainer
 SCRIPT = Path(__file__).parents[1] / "data" / "toy" / "prepare.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny steps gain nothing from a second thread, and wait for it when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """The toy world at its smallest."""
