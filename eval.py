@@ -13,21 +13,26 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # attention time per new token
 """
 import argparse
+import atexit
 import functools
 import hashlib
 import json
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from datetime import timedelta
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import iv3
@@ -297,6 +302,57 @@ def edit_videos(row, change):
     return {**row, "messages": [{**m, "content": content(m["content"])} for m in row["messages"]]}
 
 
+# ---------------------------------------------------------------------------------------------- several processes
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """[value of process 0, of process 1, …], on every process."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def once(action):
+    """Run action() on process 0 while the others wait: for whatever writes files."""
+    if rank() == 0:
+        action()
+    if world() > 1:
+        dist.barrier()
+
+
+def join_processes(jobs, device="cpu"):
+    """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command: at the tiny
+    size two processes of one thread do twice the work of one process with two. Each works on its share of a batch."""
+    address, own = "env://", int(os.environ.get("RANK", 0))
+    if "RANK" not in os.environ:
+        if jobs == 1:
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        env = {**os.environ, "IV3_GROUP": address, "WORLD_SIZE": str(jobs), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+        for other in range(1, jobs):
+            atexit.register(subprocess.Popen([sys.executable, *sys.argv], env={**env, "RANK": str(other)}).kill)
+    else:
+        address, jobs = os.environ.get("IV3_GROUP", address), int(os.environ["WORLD_SIZE"])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=address, rank=own,
+                            world_size=jobs, timeout=timedelta(days=1))
+    if own:
+        sys.stdout = open(os.devnull, "w")
+
+
 # ------------------------------------------------------------------------------------------------ running the model
 
 def about_frames(row, root):
@@ -307,11 +363,11 @@ def about_frames(row, root):
 
 
 def encoded_batches(processor, rows, root, batch_size, generation, name, missing):
-    """Yield (row numbers, Encoded list). A prompt for generation leaves out the final answer. An unreadable video is
-    noted in `missing` and skipped: one bad file must not stop a run of hours."""
+    """Yield (row numbers, Encoded list) of this process's batches. A prompt for generation leaves out the final answer.
+    An unreadable video is noted in `missing` and skipped: one bad file must not stop a run of hours."""
     order = sorted(range(len(rows)), key=lambda i: (about_frames(rows[i], root), clip_of(rows[i])))
     with tqdm(total=len(rows), desc=name, disable=None, leave=False) as bar:
-        for first in range(0, len(rows), batch_size):
+        for first in range(batch_size * rank(), len(rows), batch_size * world()):
             batch = []
             for i in order[first:first + batch_size]:
                 messages = rows[i]["messages"][:-1] if generation else rows[i]["messages"]
@@ -321,7 +377,8 @@ def encoded_batches(processor, rows, root, batch_size, generation, name, missing
                     missing.append(f"{rows[i]['id']}: {e}")
             if batch:
                 yield zip(*batch)
-            bar.update(min(batch_size, len(rows) - first))
+            bar.update(min(batch_size * world(), len(rows) - first))
+    missing[:] = sum(gather(missing), [])
     if missing:
         print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; first {missing[0]}")
 
@@ -338,9 +395,10 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=48, tem
             texts[i] = processor.tokenizer.decode([t for t in out.ids if t != stop])
         frames += [sample.frames for sample in samples]
         tokens += [len(sample.ids) for sample in samples]
+    frames, tokens = (sum(lists, []) for lists in zip(*gather((frames, tokens))))
     if stats is not None and frames:
         stats |= {"frames_per_sample": float(np.mean(frames)), "tokens_per_sample": float(np.mean(tokens))}
-    return texts
+    return [next((text for text in found if text is not None), None) for found in zip(*gather(texts))]
 
 
 @torch.no_grad()
@@ -355,6 +413,7 @@ def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss"):
             logp = torch.log_softmax(model.logits(hidden[b, at - 1]).float(), -1).cpu()      # (answer tokens, V)
             table[i] = -float(logp.gather(1, sample.ids[at][:, None]).sum()), len(at)
     model.train(was_training)
+    table = sum(gather(table))
     return float(table[:, 0].sum() / max(1.0, table[:, 1].sum())), table
 
 
@@ -411,13 +470,6 @@ def open_model(directory):
     return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-@functools.cache
-def worker_model(directory):
-    """The model of a worker process, loaded once; the processes share the cores, so one thread each."""
-    torch.set_num_threads(1)
-    return open_model(directory)
-
-
 def agent_row(model, processor, row, root, facts, budget):
     """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
@@ -434,11 +486,6 @@ def agent_row(model, processor, row, root, facts, budget):
     return {"text": out.answer, "hit": float(hit), "forced": bool(out.budget_exhausted), "frames": out.frames}
 
 
-def agent_job(job):
-    directory, *rest = job
-    return agent_row(*worker_model(directory), *rest)
-
-
 def user_turn(row):
     return next(m for m in row["messages"] if m["role"] == "user")
 
@@ -449,25 +496,20 @@ def direct_row(row):
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, jobs=1, model_dir=None, batch_size=32,
-                   max_new=48, seed=0):
+def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0):
     """{unseen, seen: {direct, agentic, evidence_hit (figures), kinds, forced, frames, missing}}: the MCR agent against
-    the same model answering directly, on the same rows with the same number of frames. `jobs` > 1 spreads the
-    rollouts over processes, each of which loads `model_dir`."""
+    the same model answering directly, on the same rows with the same number of frames."""
     for row in rows:
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
         if row["task"] != "mcr" or absent:
             wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
             raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence")
-    if jobs > 1 and model_dir is None:
-        raise UserError("--jobs above 1 needs a model directory that the worker processes can load")
     direct = answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
-    bar = functools.partial(tqdm, total=len(rows), desc="agent", disable=None, leave=False)
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            outs = list(bar(pool.map(agent_job, [(str(model_dir), row, root, facts, budget) for row in rows])))
-    else:
-        outs = [agent_row(model, processor, row, root, facts, budget) for row in bar(rows)]
+    own = [agent_row(model, processor, row, root, facts, budget)
+           for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False)]
+    outs = [None] * len(rows)
+    for part, done in enumerate(gather(own)):
+        outs[part::world()] = done
     result = {}
     for group in ("unseen", "seen"):
         part = [i for i, row in enumerate(rows) if row.get("unseen", row["kind"] in UNSEEN) == (group == "unseen")]
@@ -649,8 +691,8 @@ def run_data(args):
         print(render_scores(scores))
         return scores
     rows = pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
-    agent = evaluate_agent(model, processor, rows, Path(args.data).parent, args.facts, jobs=args.jobs,
-                           model_dir=directory, batch_size=args.batch, max_new=args.max_new, seed=args.seed)
+    agent = evaluate_agent(model, processor, rows, Path(args.data).parent, args.facts, batch_size=args.batch,
+                           max_new=args.max_new, seed=args.seed)
     print_table({"agent": agent})
     return {"agent": agent, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
@@ -664,7 +706,7 @@ def main():
     add("--blind", action="store_true", help="one more baseline: the model looks at another clip")
     add("--agent", action="store_true", help="run the MCR agent on mcr rows, beside direct answers")
     add("--facts", metavar="DIR", help="the agent's search corpus (default: the one each row names)")
-    add("--jobs", type=int, default=1, help="processes for the agent (default 1)")
+    add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
     add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
@@ -684,8 +726,11 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
+    if args.bench and args.jobs > 1:
+        raise UserError("--jobs shares the rows of --data; a bench runs in one process")
+    join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
     result = bench_decode(args) if args.bench else run_data(args)
-    if args.json:
+    if args.json and rank() == 0:
         iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))
 
 

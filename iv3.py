@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
 from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope
@@ -278,7 +280,7 @@ class InternVideo3(nn.Module):
 
     def forward(self, ids, positions, patches=None, grids=None, mask=None, cache=None, valid=None):
         """ids (B,T), positions (3,B,T), patches (Np, 3·2·p·p) uint8 of all videos in reading order, grids (n,2).
-        mask (B,1,T,T) bool, None = causal; with a cache, valid (B,T) marks tokens that are no padding.
+        mask as in m2la.attend, None = causal; with a cache, valid (B,T) marks tokens that are no padding.
         → hidden (B,T,D) after the last norm; see `logits`."""
         cfg, lm = self.cfg, self.language_model
         vision = torch.isin(ids, torch.tensor(self.vision_ids, device=ids.device))                      # (B,T)
@@ -397,20 +399,22 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
              f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
         shown += [last] * (len(wanted) - len(shown))
     need(shown, f"{path}: no frame could be decoded in {window}", MediaError)
-    pixels = {id(frame): _rgb(frame) for _, frame in shown}
+    reformatter = VideoReformatter()
+    pixels = {id(frame): _rgb(frame, reformatter) for _, frame in shown}
     return Video(np.stack([pixels[id(frame)] for _, frame in shown]), np.array([t for t, _ in shown], np.float64))
 
 
-def _rgb(frame):
-    """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels)."""
+def _rgb(frame, reformatter):
+    """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels). The frames of a video
+    share a reformatter: setting one up takes longer than using it."""
     turns = round(getattr(frame, "rotation", 0) / 90) % 4                # PyAV: degrees counter-clockwise
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    return np.ascontiguousarray(np.rot90(reformatter.reformat(frame, format="rgb24").to_ndarray(), turns))
 
 
 def read_image(path):
     with _open(path) as (container, stream):
         for frame in container.decode(stream):
-            return _rgb(frame)
+            return _rgb(frame, VideoReformatter())
     raise MediaError(f"{path}: no picture in it")
 
 
@@ -459,6 +463,7 @@ class Tokenizer:
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}     # a one-byte piece is the byte
         self.split = re.compile(f"({'|'.join(map(re.escape, SPECIALS))})")
         self.longest = re.compile(b"|".join(map(re.escape, sorted(parts, key=len, reverse=True))))
+        self.pieces_of = lru_cache(2 ** 16)(lambda data: [self.ids[token] for token in self.longest.findall(data)])
 
     def __len__(self):
         return len(self.tokens)
@@ -470,7 +475,7 @@ class Tokenizer:
         ids = []
         for part in self.split.split(text):
             data = part.encode(errors="replace")                             # a lone surrogate is no text: "?"
-            ids += [self.ids[token] for token in ([data] if part in SPECIALS else self.longest.findall(data))]
+            ids += [self.ids[data]] if part in SPECIALS else self.pieces_of(data)
         return ids
 
     def decode(self, ids):
@@ -566,12 +571,12 @@ class Processor:
         pads = [self.tokenizer.token_id(pad) for pad in ("<|image_pad|>", "<|video_pad|>")]
         need(sum(map(ids.count, pads)) * self.cfg.merge ** 2 == sum(h * w for h, w in grids),
              "a text holds <|image_pad|> or <|video_pad|>, which stand for pixels: remove them")
-        found, at, grids = [], offset, iter(grids)
-        while len(found) < len(ids):
-            h, w = (side // self.cfg.merge for side in next(grids)) if ids[len(found)] in pads else (1, 1)
-            found += [(at, at + r, at + c) for r in range(h) for c in range(w)]
-            at += max(h, w)
-        return torch.tensor(found, dtype=torch.long).view(-1, 3).T
+        sides = [(h // self.cfg.merge, w // self.cfg.merge) for h, w in grids]
+        cells = [(r, c, max(h, w) * ((r, c) == (h - 1, w - 1))) for h, w in sides for r in range(h) for c in range(w)]
+        inside = np.tile((0, 0, 1), (len(ids), 1))                            # row, column, step to the next token
+        inside[np.isin(ids, pads)] = np.array(cells, dtype=int).reshape(-1, 3)
+        at = offset + inside[:, 2].cumsum() - inside[:, 2]
+        return torch.from_numpy(np.stack([at, at + inside[:, 0], at + inside[:, 1]]))
 
 
 # ----------------------------------------------------------------------------------------- data: one schema (JSONL)
@@ -778,12 +783,12 @@ def run_cli(main):
     """Call main(); a mistake of the user becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (UserError, KeyboardInterrupt) as e:
+        line = f"error: {e}" if isinstance(e, UserError) else "interrupted; run the same command again to go on"
+        if os.environ.get("RANK", "0") != "0":               # of several processes the first speaks, if it still can
+            time.sleep(2)
+        print(line, file=sys.stderr)
+        raise SystemExit(2 if isinstance(e, UserError) else 130) from None
 
 
 def main():

@@ -175,8 +175,26 @@ class LatentCache(Cache):
 BLOCK_SCORES = 2 ** 28        # query blocks of a long cached prefill: at most so many scores per KV head
 
 
+@dataclass
+class Blocks:
+    """A sparse mask (B,1,T,T): the queries start..stop of a block see no other keys than 0..head and low..stop.
+    For packed conversations, which see what they begin with and themselves."""
+    mask: torch.Tensor
+    blocks: list                                     # (start, stop, head, low)
+
+    def to(self, device, **how):
+        return Blocks(self.mask.to(device, **how), self.blocks)
+
+
 def attend(q, k, v, mask, scale):
-    """q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv), mask (B,1,T,T) bool or None = causal -> (B,T,H*Dv)."""
+    """q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv), mask (B,1,T,T) bool, Blocks or None = causal -> (B,T,H*Dv)."""
+    if isinstance(mask, Blocks):
+        outs = []
+        for start, stop, head, low in mask.blocks:
+            some_k, some_v, some_mask = (torch.cat([x.narrow(dim, 0, head), x.narrow(dim, low, stop - low)], dim)
+                                         for x, dim in ((k, 2), (v, 2), (mask.mask[:, :, start:stop], 3)))
+            outs.append(attend(q[:, :, start:stop], some_k, some_v, some_mask, scale))
+        return torch.cat(outs, 1)
     B, H, T, E = q.shape
     Dv, repeat = v.shape[-1], H // k.shape[1]
     v = F.pad(v, (0, E - Dv))                        # the fused kernels want one width
@@ -228,7 +246,7 @@ class GQA(Attention):
     """Qwen3's attention: H query heads share G KV heads. What we convert from, and the fair baseline."""
 
     def forward(self, x, rope, vision, mask=None, cache=None, layer=0):
-        """x (B,T,D), rope (cos, sin) each (B,T,Dh/2), vision (B,T) bool, mask (B,1,T,T) bool or None = causal
+        """x (B,T,D), rope (cos, sin) each (B,T,Dh/2), vision (B,T) bool, mask as in `attend`
         -> (B,T,D). With a cache, causality comes from the cache's order and `mask` is ignored."""
         q, k, v = self.project(x)
         cos, sin = (r[:, :, None] for r in rope)                                         # (B,T,1,Dh/2)
@@ -544,6 +562,7 @@ class Calibration:
         if cache is not None:
             raise UserError("calibration needs forwards without a cache: it looks at whole samples")
         q, k, v = gqa.project(x)
+        mask = mask.mask if isinstance(mask, Blocks) else mask
         valid = torch.ones_like(vision) if self.valid is None else self.valid
         z = torch.cat([k, v], 2).flatten(2)
         for m in range(2):

@@ -16,7 +16,8 @@ Where this differs from the paper, and why:
     advantages are divided by (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
- 5. Replay: every stage keeps a share of the earlier stages' data. A tiny model forgets a format within two minutes.
+ 5. Replay: SFT keeps a share of the earlier stages' data. A tiny model forgets a format within two minutes.
+ 6. With several processes each step is shared by hand: gradients are summed after the backward pass.
 """
 import argparse
 import json
@@ -30,18 +31,20 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import eval as evaluation
+from eval import gather, once, rank, world
 from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
                  load_model, load_rows, run_cli, save_model, write_atomic)
-from m2la import M2LA, Calibration, ConvertSpec
+from m2la import M2LA, Blocks, Calibration, ConvertSpec
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "data" / "toy" / "weights"                    # the tiny base and teacher that come with the code
@@ -72,32 +75,31 @@ class Recipe:
     kl: float = 0.03                         # RL: weight of the KL to the SFT model
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
-    pool: int = 2000                         # RL, OPD: prompts that the filter looks at
-    replay: dict = field(default_factory=dict)   # RL, OPD: supervised packs added to every update, file → share
-    replay_packs: int = 2
+    pool: int = 2400                         # RL, OPD: prompts that the filter looks at
 
 
 # The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. Here as shares of packs: an image
 # pack has about 25 tokens, a text or a video pack of 8 samples about 280.
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
-REPLAY = {"sft_long.jsonl": 0.6, "sft_short.jsonl": 0.4}
 TINY = {
     "vision": Recipe({"glimpses.jsonl": 1.0}, steps=5000, lr=2e-3, muon=0.02, packs=8, branches=1),
-    "base": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1200,
-                   stop=578, lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
-    "teacher": Recipe({"pretrain.jsonl": 0.15, "cpt_text.jsonl": 0.05, "sft_short.jsonl": 0.4, "sft_long.jsonl": 0.4},
-                      steps=450, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
+    "near": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1200,
+                   lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
+    "base": Recipe({"wide.jsonl": 0.75, "pretrain.jsonl": 0.2, "cpt_text.jsonl": 0.05}, steps=400, lr=1e-3, lr_min=1e-4,
+                   muon=0.02, branches=16, freeze=("vision",)),
+    "teacher": Recipe({"wide.jsonl": 0.1, "cpt_text.jsonl": 0.05, "sft_short.jsonl": 0.35, "sft_long.jsonl": 0.5},
+                      steps=600, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
     "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=260, lr=1e-3,
+    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=360, lr=1e-3,
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=60, lr=1e-4, lr_min=1e-4, weight_decay=0.0, branches=4, replay=REPLAY),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=60, lr=2e-4, lr_min=2e-5, weight_decay=0.0, replay=REPLAY),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=80, lr=1.5e-4, lr_min=1e-5, kl=0.04, weight_decay=0.0, branches=4),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=80, lr=3e-4, lr_min=3e-5, weight_decay=0.0),
 }
-PREVIOUS = {"base": "vision", "teacher": "base", "cpt": "base", "sft_short": "cpt", "sft_long": "sft_short",
-            "rl": "sft_long", "opd": "rl"}
+PREVIOUS = {"near": "vision", "base": "near", "teacher": "base", "cpt": "base", "sft_short": "cpt",
+            "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.
 CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32))
 
@@ -114,6 +116,11 @@ class Pack:
     answer: torch.Tensor                     # (T,) bool
     patches: torch.Tensor
     grids: torch.Tensor
+    advantage: torch.Tensor = None           # RL: (branches,)
+
+    @property
+    def count(self):
+        return int(self.branch.max())
 
 
 def make_pack(samples, shared_grids, vision_ids):
@@ -140,6 +147,9 @@ def make_pack(samples, shared_grids, vision_ids):
                 grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples]))
 
 
+BLOCK = 256                                  # queries that attend together; see m2la.Blocks
+
+
 def collate_packs(packs):
     """Packs → one right-padded batch. `sample` (B,T): number of the conversation in the whole batch, −1 elsewhere.
     `mask` (B,1,T,T): token i sees j ≤ i of its prefix and of its own branch."""
@@ -150,16 +160,27 @@ def collate_packs(packs):
         n = len(p.ids)
         ids[b, :n], positions[:, b, :n], answer[b, :n], branch[b, :n] = p.ids, p.positions, p.answer, p.branch
         sample[b, :n] = torch.where(p.branch > 0, p.branch - 1 + count, -1)
-        count += int(p.branch.max())
+        count += p.count
     same = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
-    return {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "mask": mask, "valid": branch >= 0,
-            "patches": torch.cat([p.patches for p in packs]), "grids": torch.cat([p.grids for p in packs])}
+    head = int((branch == 0).sum(1).max())
+    blocks = [(0, head, 0, 0)] if head else []
+    for start in range(head, T, BLOCK):                    # the branches at its start begin at `low` or later
+        low = int((branch == branch[:, start:start + 1]).int().argmax(1).min())
+        blocks.append((start, min(start + BLOCK, T), head, max(low, head)))
+    batch = {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "valid": branch >= 0,
+             "mask": Blocks(mask, blocks),
+             "patches": torch.cat([p.patches for p in packs]), "grids": torch.cat([p.grids for p in packs])}
+    if packs[0].advantage is not None:
+        batch["advantage"] = torch.cat([p.advantage for p in packs])
+    return batch
 
 
 def micro_batches(packs, tokens):
     """Split a step's packs, sorted by length, into batches of at most `tokens` padded tokens."""
     batches, current = [], []
+    if not packs:
+        return batches
     for p in sorted(packs, key=lambda p: len(p.ids)):
         if current and len(p.ids) * (len(current) + 1) > tokens:
             batches.append(collate_packs(current))
@@ -193,14 +214,14 @@ class Data:
             raise UserError(f"--data: this stage needs rows of the tasks {', '.join(tasks)} in each file")
 
     def step(self, step, packs, branches):
-        """→ list of (rows, root): `packs` groups of up to `branches` rows about one video."""
+        """→ list of (rows, root): `packs` groups of up to `branches` rows about one video, this process's share."""
         rng, out = np.random.default_rng([*self.seed, step]), []
         shares = np.array([a + (b - a) * step / self.steps for a, b in self.shares])
         for f in rng.choice(len(self.groups), packs, p=shares / shares.sum()):
             root, groups = self.groups[f]
             rows = groups[rng.integers(len(groups))]
             out.append(([rows[i] for i in rng.permutation(len(rows))[:branches]], root))
-        return out
+        return out[rank()::world()]
 
     def encode(self, rows, root, **options):
         """Rows → list of Encoded, or None when their video cannot be read (counted in `skipped`)."""
@@ -222,7 +243,7 @@ class Data:
         """The supervised batches of one step."""
         drawn = [(rows, self.encode(rows, root), root) for rows, root in self.step(step, recipe.packs, recipe.branches)]
         packs = [self.pack(rows, samples, root) for rows, samples, root in drawn if samples]
-        if not packs:
+        if not packs and world() == 1:                                # of several processes, one may have bad luck
             raise UserError(f"no readable video in step {step}: {next(iter(self.skipped))}")
         return micro_batches(packs, recipe.tokens)
 
@@ -354,22 +375,31 @@ class Trainer:
         return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.device == "cuda")
 
     def update(self, jobs):
-        """One optimizer step over accumulated jobs (batch, loss_of, weight): loss = Σ weight·loss_of(batch)."""
-        total = torch.zeros((), device=self.args.device)
+        """One optimizer step over the accumulated jobs (batch, loss_of, weight) of all processes:
+        loss = Σ weight·loss_of(batch)."""
+        total = 0.0
         for batch, loss_of, weight in jobs:
             with self.autocast():
                 loss = loss_of(self.to_device(batch)) * weight
             loss.backward()
-            total += loss.detach()
+            total += float(loss.detach())
+        if world() > 1:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for p, part in zip(self.parameters, flat.split([g.numel() for g in grads])):
+                p.grad = part.view_as(p)
+            total = sum(gather(total))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if torch.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
-        return float(total)
+        return total
 
     def supervised(self, batches):
-        """Jobs for `update`: answer cross-entropy, each token weighted by the recipe's reduction (§4)."""
+        """Jobs for `update`: answer cross-entropy, each token weighted by the recipe's reduction (§4). A batch counts
+        by its share of the weights of all processes: packing and processes do not change the loss."""
         reduction = self.recipe.reduction
 
         def loss_of(batch):
@@ -377,12 +407,10 @@ class Trainer:
             weight = sft_weights(sample, reduction)
             return (F.cross_entropy(logits, token, reduction="none") * weight).sum() / weight.sum()
         totals = [float(sft_weights(b["sample"][:, 1:][b["answer"][:, 1:]], reduction).sum()) for b in batches]
-        return [(batch, loss_of, total / sum(totals)) for batch, total in zip(batches, totals)]
-
-    def replay(self, data, step):
-        """Supervised jobs from earlier stages' data, added to an RL or OPD update."""
-        recipe = replace(self.recipe, packs=self.recipe.replay_packs)
-        return self.supervised(data.batches(step, recipe)) if data.groups else []
+        whole = sum(gather(sum(totals)))
+        if not whole:
+            raise UserError(f"{self.stage}: no process found a readable video; see what --jobs 1 says")
+        return [(batch, loss_of, total / whole) for batch, total in zip(batches, totals)]
 
     def fit(self, step_of, finish=lambda: None):
         """Run step_of(step) → dict of figures ("loss" and "tokens" among them) for every step; finish(); save."""
@@ -396,7 +424,7 @@ class Trainer:
                 optimizer.load_state_dict(saved)
             first, seen = state["step"], state["tokens"]
             print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
-        self._cut_metrics(first)
+        once(lambda: self._cut_metrics(first))
         steps = self.recipe.stop or self.recipe.steps
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began = time.monotonic(), time.monotonic()
@@ -405,25 +433,31 @@ class Trainer:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = optimizer.defaults["lr"] * self.lr(step) / self.recipe.lr
-            figures = step_of(step)
+            shares = gather(step_of(step))
+            figures = {k: float(np.mean([share[k] for share in shares])) for k in shares[0]}
+            figures["tokens"] = sum(share["tokens"] for share in shares)
             seen += figures["tokens"]
             figures = {"stage": self.stage, "step": step, "lr": self.lr(step), **figures}
             if not math.isfinite(figures["loss"]):
                 raise UserError(f"{self.stage}: the loss is {figures['loss']} at step {step}; lower --lr")
-            with open(self.metrics, "a") as f:
-                f.write(json.dumps(figures) + "\n")
+            if rank() == 0:
+                with open(self.metrics, "a") as f:
+                    f.write(json.dumps(figures) + "\n")
             shown = {k: f"{v:.3f}" for k, v in figures.items() if isinstance(v, float) and k != "lr"}
             bar.set_postfix(shown, refresh=False)
-            if time.monotonic() - saved > self.args.save_every:
+            if rank() == 0 and time.monotonic() - saved > self.args.save_every:
                 self._save_state(step + 1, seen)
                 saved = time.monotonic()
         seconds = time.monotonic() - began
         finish()
-        save_model(self.directory, self.model, self.tokenizer)
         done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
-                "seconds": round(seconds, 1), "recipe": asdict(self.recipe)}
-        (self.directory / "stage.json").write_text(json.dumps(done, indent=1))
-        state_file.unlink(missing_ok=True)
+                "seconds": round(seconds, 1), "processes": world(), "recipe": asdict(self.recipe)}
+
+        def leave():
+            save_model(self.directory, self.model, self.tokenizer)
+            (self.directory / "stage.json").write_text(json.dumps(done, indent=1))
+            state_file.unlink(missing_ok=True)
+        once(leave)
         self.model.eval()
 
     def _save_state(self, step, tokens):
@@ -442,7 +476,7 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------------- the stages
 
 def train_supervised(trainer, data):
-    """base, teacher, cpt, sft: next token on the answers."""
+    """near, base, teacher, cpt, sft: next token on the answers."""
     loader = None
     if trainer.args.workers:
         state = trainer.directory / "state.pt"
@@ -478,9 +512,10 @@ def train_vision(trainer, data):
             table = model.language_model.embed_tokens.weight.detach()                            # E (V,D)
             logp = F.log_softmax(30 * (x @ table.T).float(), -1)
             named = batch["target"] >= 0
-            return -(logp.gather(1, batch["target"].clamp_min(0)) * named).sum() / named.sum()
+            return -(logp.gather(1, batch["target"].clamp_min(0)) * named).sum()
         batch = {"patches": torch.cat(patches), "grids": torch.cat(grids), "target": target}
-        return {"loss": trainer.update([(batch, loss_of, 1.0)]), "tokens": len(words)}
+        named = sum(gather(int((target >= 0).sum())))
+        return {"loss": trainer.update([(batch, loss_of, 1 / named)]), "tokens": len(words)}
     trainer.fit(step_of, finish=lambda: start_lookups(model, trainer.args.seed))
 
 
@@ -493,6 +528,9 @@ def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
                 calibration.valid = batch["valid"]
                 model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])
+    for moments in calibration.moments if world() > 1 else ():           # sums: every process saw a share of the data
+        for tensor in vars(moments).values():
+            dist.all_reduce(tensor)
     for index, (layer, moments) in enumerate(zip(model.language_model.layers, calibration.moments)):
         layer.self_attn = M2LA.from_gqa(layer.self_attn, moments, spec, layer=index)
     ranks = tuple(spec.layer_ranks(i) for i in range(model.cfg.layers))
@@ -514,9 +552,9 @@ def rollout(trainer, data, drawn, samples, generator, temperature, model=None):
         encoded = data.encode([{**row, "messages": row["messages"][:-1]} for row in group], root, generation=True)
         if encoded:
             rows, prompts, roots = rows + group, prompts + encoded, roots + [root] * len(group)
+    stop = trainer.tokenizer.token_id("<|im_end|>")
     if not rows:
         raise UserError(f"{trainer.stage}: no readable video among {len(drawn)}: {next(iter(data.skipped))}")
-    stop = trainer.tokenizer.token_id("<|im_end|>")
     with trainer.autocast():
         outs = generate(model or trainer.model, prompts, stop, 24, temperature, samples, generator)
     return rows, prompts, outs, roots
@@ -537,15 +575,22 @@ def score_text(trainer, generation):
 
 
 @torch.no_grad()
-def keep_rows(trainer, data, name, rule):
+def judged(data, trainer, judge):
+    """judge(number, packs) → a list, for all packs of the pool, shared by the processes; the lists joined."""
+    chunks = list(enumerate(chunked(pool_of(data, trainer.recipe.pool, trainer.args.seed), 8)))[rank()::world()]
+    own = [verdict for number, chunk in tqdm(chunks, desc="   filter") for verdict in judge(number, chunk)]
+    return sorted(sum(gather(own), []))
+
+
+def keep_rows(trainer, data, rule):
     """Run a data filter once per stage and remember which rows it keeps (a resumed run reads the list)."""
-    path = trainer.directory / f"{name}.json"
+    path = trainer.directory / "kept.json"
     if not (path.is_file() and (trainer.directory / "state.pt").is_file()):
         kept = rule()
         if not kept["keep"]:
             raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is "
                             "too weak or too strong for this data")
-        write_atomic(path, lambda p: p.write_text(json.dumps(kept)))
+        once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(kept))))
     kept = json.loads(path.read_text())
     ids = set(kept["keep"])
     for i, (root, groups) in enumerate(data.groups):
@@ -565,7 +610,7 @@ def pool_of(data, limit, seed):
     return drawn
 
 
-def train_rl(trainer, data, replay):
+def train_rl(trainer, data):
     """Rule-based RL with GSPO: sample a group per prompt, reward by rule, normalise in the group, clipped update."""
     r, G = trainer.recipe, trainer.recipe.group
     reference = build_model(trainer.model.cfg, trainer.tokenizer).to(trainer.args.device)
@@ -574,17 +619,17 @@ def train_rl(trainer, data, replay):
 
     def rule():
         """§4: grounding where the policy's IoU is in [0.1, 0.7], multiple choice both right and wrong at T = 1."""
-        keep, looked = [], 0
-        for i, chunk in enumerate(tqdm(chunked(pool_of(data, r.pool, trainer.args.seed), 8), desc="   filter")):
-            rows, _, outs, _ = rollout(trainer, data, chunk, 4, trainer.generator(10 ** 6 + i), r.temperature)
+        def judge(number, chunk):
+            rows, _, outs, _ = rollout(trainer, data, chunk, 4, trainer.generator(10 ** 6 + number), r.temperature)
             for k, row in enumerate(rows):
                 reward = np.mean([evaluation.reward(score_text(trainer, o), row) for o in outs[4 * k:4 * k + 4]])
                 low, high = (0.1, 0.7) if row["task"] == "grounding" else (0.01, 0.99)
-                keep += [row["id"]] if low <= reward <= high else []
-                looked += 1
-        note = f"kept {len(keep)} of {looked} prompts (IoU in [0.1, 0.7], mixed answers)"
-        return {"keep": keep, "looked_at": looked, "note": note}
-    keep_rows(trainer, data, "kept", rule)
+                yield row["id"], bool(low <= reward <= high)
+        verdicts = judged(data, trainer, judge)
+        keep = [row for row, good in verdicts if good]
+        note = f"kept {len(keep)} of {len(verdicts)} prompts (IoU in [0.1, 0.7], mixed answers)"
+        return {"keep": keep, "looked_at": len(verdicts), "note": note}
+    keep_rows(trainer, data, rule)
 
     def step_of(step):
         trainer.model.eval()
@@ -592,34 +637,33 @@ def train_rl(trainer, data, replay):
         rows, prompts, outs, roots = rollout(trainer, data, drawn, G, generator, r.temperature)
         rewards = torch.tensor([evaluation.reward(score_text(trainer, o), rows[i // G]) for i, o in enumerate(outs)])
         spread = rewards.view(-1, G).std(1, correction=0)
-        advantage = advantages(rewards, G)
         live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
         samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
-        live_advantage = advantage.view(-1, G)[live].view(-1)
-        figures = {"loss": 0.0, "reward": float(rewards.mean()), "spread": float(spread.mean()), "kl": 0.0,
-                   "clipped": 0.0, "length": float(np.mean([len(o.ids) for o in outs])),
-                   "zero_spread": len(rows) - len(live), "tokens": sum(len(s.ids) for s in samples)}
-        if not live:
-            return figures
+        figures = {"loss": 0.0, "reward": float(rewards.mean()), "spread": float(spread.mean()),
+                   "zero_spread": 1 - len(live) / len(rows), "length": float(np.mean([len(o.ids) for o in outs])),
+                   "tokens": sum(len(s.ids) for s in samples)}
         packs = packs_of(data, [rows[i] for i in live], samples, [roots[i] for i in live], G)
-        starts = np.cumsum([0] + [int(p.branch.max()) for p in packs])
+        for pack, own in zip(packs, advantages(rewards, G).view(-1, G)[live].view(-1).split([p.count for p in packs])):
+            pack.advantage = own
         order = np.random.default_rng([trainer.args.seed, step]).permutation(len(packs))
-        logs = []
+        minis = [micro_batches([packs[i] for i in part], r.tokens) for part in np.array_split(order, r.updates)]
+        with torch.no_grad(), trainer.autocast():                            # old and reference before any update
+            for batch in sum(minis, []):
+                batch["old"], batch["ref"] = (token_logp(m, trainer.to_device(batch))[0]
+                                              for m in (trainer.model, reference))
+        logs = [(0.0, 0.0)]
         trainer.model.train()
-        minis = []
-        for part in np.array_split(order, min(r.updates, len(order))):      # old and reference before any update
-            batch = trainer.to_device(collate_packs([packs[i] for i in part]))
-            with torch.no_grad(), trainer.autocast():
-                old, ref = (token_logp(m, batch)[0] for m in (trainer.model, reference))
-            A = torch.cat([live_advantage[starts[i]:starts[i + 1]] for i in part]).to(trainer.args.device)
-            minis.append((batch, old, ref, A))
-        for batch, old, ref, A in minis:
-            def loss_of(batch, old=old, ref=ref, A=A):
-                logp, sample = token_logp(trainer.model, batch)
-                loss, k3, share = gspo_loss(logp, old, ref, sample, A, r.clip, r.kl)
-                logs.append((float(k3.detach()), float(share)))
-                return loss
-            figures["loss"] += trainer.update([(batch, loss_of, 1.0), *trainer.replay(replay, step)]) / len(minis)
+
+        def loss_of(batch):
+            logp, sample = token_logp(trainer.model, batch)
+            loss, k3, share = gspo_loss(logp, batch["old"], batch["ref"], sample, batch["advantage"], r.clip, r.kl)
+            logs.append((float(k3.detach()), float(share)))
+            return loss
+        for batches in minis:
+            whole = sum(gather(sum(len(b["advantage"]) for b in batches)))
+            if whole:
+                jobs = [(batch, loss_of, len(batch["advantage"]) / whole) for batch in batches]
+                figures["loss"] += trainer.update(jobs) / r.updates
         figures["kl"], figures["clipped"] = np.mean(logs, 0).tolist()
         return figures
     trainer.fit(step_of)
@@ -631,7 +675,7 @@ def token_logp(model, batch):
     return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0], sample
 
 
-def train_opd(trainer, data, replay, teacher_dir):
+def train_opd(trainer, data, teacher_dir):
     """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL."""
     r = trainer.recipe
     teacher, processor = load_model(teacher_dir, trainer.args.device)
@@ -642,21 +686,22 @@ def train_opd(trainer, data, replay, teacher_dir):
     def rule():
         """§4: rows that the teacher gets right, or clearly better, and the student does not; and half as many others.
         Notes too in which kinds of question the teacher is ahead: that is where the test looks for the gap."""
-        gap, rest, kinds = [], [], defaultdict(list)
-        for chunk in tqdm(chunked(pool_of(data, r.pool, trainer.args.seed), 8), desc="   filter"):
+        def judge(number, chunk):
             rewards = []
             for model in (trainer.model, teacher):
                 rows, _, outs, _ = rollout(trainer, data, chunk, 1, None, 0.0, model)
                 rewards.append([evaluation.reward(score_text(trainer, o), row) for o, row in zip(outs, rows)])
             for row, student, best in zip(rows, *rewards):
-                (gap if best > student + 0.1 else rest).append(row["id"])
-                kinds[row.get("kind", row["task"])].append(best - student)
-        looked = len(gap) + len(rest)
+                yield row["id"], row.get("kind", row["task"]), best - student
+        verdicts, kinds = judged(data, trainer, judge), defaultdict(list)
+        for _, kind, ahead in verdicts:
+            kinds[kind].append(ahead)
+        gap, rest = ([row for row, _, ahead in verdicts if (ahead > 0.1) == wanted] for wanted in (True, False))
         others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap) // 2].tolist()
-        ahead = sorted(kind for kind, gaps in kinds.items() if np.mean(gaps) > 0.05)
-        note = f"kept {len(gap)} of {looked} prompts where the teacher is better, and {len(others)} others"
-        return {"keep": gap + others, "looked_at": looked, "kinds": ahead, "note": note}
-    keep_rows(trainer, data, "kept", rule)
+        note = f"kept {len(gap)} of {len(verdicts)} prompts where the teacher is better, and {len(others)} others"
+        return {"keep": gap + others, "looked_at": len(verdicts), "note": note,
+                "kinds": sorted(kind for kind, ahead in kinds.items() if np.mean(ahead) > 0.05)}
+    keep_rows(trainer, data, rule)
 
     def step_of(step):
         trainer.model.eval()
@@ -670,9 +715,10 @@ def train_opd(trainer, data, replay, teacher_dir):
             with torch.no_grad():
                 target = answer_logits(teacher, batch)[0]
             return reverse_kl(answer_logits(trainer.model, batch)[0], target).mean()
-        weights = [float(b["answer"].sum()) for b in batches]
-        jobs = [(batch, loss_of, w / sum(weights)) for batch, w in zip(batches, weights)]
-        loss = trainer.update(jobs + trainer.replay(replay, step))
+        weights = [int(b["answer"].sum()) for b in batches]
+        whole = sum(gather(sum(weights)))
+        jobs = [(batch, loss_of, w / whole) for batch, w in zip(batches, weights)]
+        loss = trainer.update(jobs)
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
 
@@ -788,22 +834,22 @@ def run_stage(stage, args):
         print(f"{stage}: starts from {start} ({model.cfg.attn}, {size:.2f} M parameters)")
     model.to(args.device)
 
-    def data(mix, name=stage):
-        return Data(args.data_dir, mix, processor, model.vision_ids, args.seed, name, recipe.steps)
     if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
         convert_stage(model, processor, args)
     elif stage in ("sft_short", "sft_long", "rl", "opd") and model.cfg.attn != args.attn:
         kind = model.cfg.attn
         raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
+    if recipe.packs < world():
+        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
     trainer = Trainer(model, processor, recipe, stage, args, start)
-    stage_data = data(recipe.mix)
+    stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         stage_data.only(("mcq", "grounding"))
     if stage == "rl":
-        train_rl(trainer, stage_data, data(recipe.replay, stage + "-replay"))
+        train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        train_opd(trainer, stage_data, data(recipe.replay, stage + "-replay"), teacher)
+        train_opd(trainer, stage_data, teacher)
     elif stage == "vision":
         train_vision(trainer, stage_data)
     else:
@@ -828,7 +874,7 @@ def convert_stage(model, processor, args):
     if not after < before + args.max_damage:
         raise UserError(f"convert: the held-out loss rose by {after - before:.3f} nats, more than --max-damage "
                         f"{args.max_damage}; calibrate on more data or raise the ranks")
-    save_model(args.out / "convert", model, processor.tokenizer)
+    once(lambda: save_model(args.out / "convert", model, processor.tokenizer))
 
 
 def cache_ratio(cfg):
@@ -845,15 +891,12 @@ def prepare_data(args, pretrain=0):
         raise UserError("the toy data could not be prepared (see above)")
 
 
-def shipped(name, args):
-    """Copy the shipped base or teacher into the run; --base scratch trains them instead (about an hour on 2 cores)."""
-    if not (args.out / name / "config.json").is_file():
-        if args.base == "scratch":
-            run_stage(name, args)
-        else:
-            temporary = args.out / (name + ".tmp")
-            shutil.copytree(SHIPPED / name, temporary, dirs_exist_ok=True)
-            os.replace(temporary, args.out / name)
+def copy_shipped(out):
+    """The shipped base and teacher as stages of this run; --base scratch trains them instead (an hour on 2 cores)."""
+    for name in ("base", "teacher"):
+        if not (out / name / "config.json").is_file():
+            shutil.copytree(SHIPPED / name, out / f"{name}.tmp", dirs_exist_ok=True)
+            os.replace(out / f"{name}.tmp", out / name)
 
 
 def scores_of(stage, args):
@@ -870,18 +913,19 @@ def scores_of(stage, args):
                 test, train = (args.data_dir / f"{name}_{length}.jsonl" for name in ("test", "sft"))
                 scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed,
                                                      blind=stage == "sft_short", model_dir=args.out / stage)
-        write_atomic(path, lambda p: p.write_text(json.dumps(scores)))
+        once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(scores))))
     return json.loads(path.read_text())
 
 
 def whole_recipe(args):
     """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
     began = time.monotonic()
-    prepare_data(args, pretrain=args.pretrain if args.base == "scratch" else 0)
-    if args.base == "scratch" and not (args.out / "vision" / "config.json").is_file():
-        run_stage("vision", args)
-    for name in ("base", "teacher"):
-        shipped(name, args)
+    once(lambda: prepare_data(args, pretrain=args.pretrain if args.base == "scratch" else 0))
+    if args.base == "shipped":
+        once(lambda: copy_shipped(args.out))
+    for stage in ("vision", "near", "base", "teacher") if args.base == "scratch" else ():
+        if not (args.out / stage / "config.json").is_file():
+            run_stage(stage, args)
     scores = {"base": scores_of("base", args)}
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
         if not (args.out / stage / "config.json").is_file():
@@ -893,12 +937,11 @@ def whole_recipe(args):
     agent_file = args.out / "opd" / "agent.json"
     if not agent_file.is_file():
         rows = load_rows(args.data_dir / "test_agent.jsonl")
-        agent = evaluation.evaluate_agent(*load_model(args.out / "opd"), rows, args.data_dir, jobs=args.jobs,
-                                          model_dir=args.out / "opd", seed=args.seed)
-        write_atomic(agent_file, lambda p: p.write_text(json.dumps(agent)))
+        agent = evaluation.evaluate_agent(*load_model(args.out / "opd"), rows, args.data_dir, seed=args.seed)
+        once(lambda: write_atomic(agent_file, lambda p: p.write_text(json.dumps(agent))))
     results = assemble(scores, json.loads((args.out / "opd" / "kept.json").read_text())["kinds"], args)
     results["agent"] = json.loads(agent_file.read_text())
-    evaluation.write_results(results, args.out)
+    once(lambda: evaluation.write_results(results, args.out))
     evaluation.print_table(results)
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
@@ -929,7 +972,7 @@ def assemble(scores, gap_kinds, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
-    add("--stage", choices=["vision", "base", "teacher", "cpt", "sft", "rl", "opd"],
+    add("--stage", choices=["vision", "near", "base", "teacher", "cpt", "sft", "rl", "opd"],
         help="one stage; without it the whole recipe, tiny")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
     add("--attn", choices=["m2la", "gqa"], help="attention (default m2la; base and teacher are gqa)")
@@ -957,7 +1000,8 @@ def main():
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--workers", type=int, default=0, help="processes that prepare training batches (default 0: in this one)")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes of the agent's evaluation")
+    add("--jobs", type=int, help="processes that share each step (default: the CPU's cores, at most 4; with a GPU 1, "
+                                 "there `torchrun --nproc_per_node=N train.py` starts them)")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
     for name in ("steps", "stop", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
@@ -976,6 +1020,7 @@ def main():
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
+    evaluation.join_processes(args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1), args.device)
     if args.stage is None:
         whole_recipe(args)
     else:

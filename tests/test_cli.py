@@ -13,12 +13,12 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py"]
-TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2"]
+TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 # Importing torch takes seconds: one process does it, and each command is a fork of that.
 SERVER = """
-import json, os, runpy, sys, traceback
+import atexit, json, os, runpy, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import train
 for line in sys.stdin:
@@ -36,6 +36,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             code = 1
+        atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -67,7 +68,7 @@ def world(command, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("cli")
     code, out, err = command(cwd, "data/toy/prepare.py", "--out", "data", "--scale", 0.02, "--pretrain", 2, "--jobs", 1)
     assert code == 0 and "sft_short.jsonl" in out, err
-    for stage in ("vision", "base"):
+    for stage in ("vision", "near", "base"):
         code, out, err = command(cwd, "train.py", "--stage", stage, "--steps", 2, *TRAIN)
         assert code == 0, err
     shutil.copytree(cwd / "runs" / "tiny" / "base", cwd / "wide")           # weights of another size than its config
@@ -109,11 +110,13 @@ MISTAKES = [
     (["eval.py", "--data", "absent.jsonl"], "absent.jsonl: no such data file"),
     (["eval.py", "--data", "bad.jsonl"], "bad.jsonl:2: field 'task' is 'quiz'"),
     (["eval.py", "--data", "data/test_short.jsonl", "--limit", "0"], "--limit 0"),
+    (["eval.py", "--bench", "decode", "--jobs", "2"], "--jobs"),
+    (["train.py", "--stage", "base", *TRAIN, "--jobs", "3"], "--packs 2"),
     (["eval.py", "--data", "data/test_short.jsonl", "--json", "absent/r.json"], "--json absent/r.json"),
-    (["train.py", "--stage", "base", "--out", "empty/a"], "empty/a: has no finished 'vision'"),
+    (["train.py", "--stage", "base", "--out", "empty/a", "--jobs", "1"], "empty/a: has no finished 'near'"),
     (["train.py", "--stage", "rl", *TRAIN], "runs/tiny: has no finished 'sft_long'"),
-    (["train.py", "--stage", "vision", "--out", "empty/b"], "empty/b/data/vocab.json"),
-    (["train.py", "--stage", "vision", "--preset", "huge", "--data-dir", "data", "--out", "empty/c"], "preset 'huge'"),
+    (["train.py", "--stage", "vision", "--out", "empty/b", "--jobs", "1"], "empty/b/data/vocab.json"),
+    (["train.py", "--stage", "vision", "--preset", "huge", *TRAIN, "--out", "empty/c"], "preset 'huge'"),
     (["train.py", "--stage", "sft", "--init", "runs/tiny/base", *TRAIN], "runs/tiny/base: its attention is gqa"),
     (["train.py", "--stage", "base", "--init", "absent", *TRAIN], "absent: no model found"),
     (["train.py", "--stage", "teacher", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
@@ -148,13 +151,13 @@ def test_flags_that_do_not_exist_are_named(arguments, named, command, tmp_path):
 
 
 def test_a_stage_leaves_a_checkpoint_its_record_and_metrics(world):
-    for stage in ("vision", "base"):
+    for stage in ("vision", "near", "base"):
         names = {p.name for p in (world / "runs" / "tiny" / stage).iterdir()}
         assert names == {"config.json", "stage.json", "vocab.json", "weights.pt"}
     record = json.loads((world / "runs" / "tiny" / "base" / "stage.json").read_text())
-    assert record["inherits"] == "runs/tiny/vision" and record["recipe"]["steps"] == 2 and record["tokens"] > 0
+    assert record["inherits"] == "runs/tiny/near" and record["recipe"]["steps"] == 2 and record["tokens"] > 0
     lines = [json.loads(line) for line in (world / "runs" / "tiny" / "metrics.jsonl").open()]
-    assert [(x["stage"], x["step"]) for x in lines] == [(s, i) for s in ("vision", "base") for i in range(2)]
+    assert [(x["stage"], x["step"]) for x in lines] == [(s, i) for s in ("vision", "near", "base") for i in range(2)]
 
 
 def test_asking_about_a_video(command, world):
@@ -179,10 +182,29 @@ def test_scoring_a_file(command, world):
     assert json.loads((world / "scores.json").read_text())
 
 
+def test_two_processes_do_what_one_does(command, world):
+    """Training: the same losses. Scores of a file, direct and of the agent: the same results."""
+    losses, scores = {}, {}
+    for jobs in (1, 2):
+        code, _, err = command(world, "train.py", "--stage", "teacher", "--steps", 4, "--packs", 4, "--branches", 3,
+                               "--init", "runs/tiny/base", "--data-dir", "data", "--out", f"by{jobs}", "--jobs", jobs)
+        assert code == 0, err
+        lines = [json.loads(line) for line in (world / f"by{jobs}" / "metrics.jsonl").open()]
+        losses[jobs] = [[x["loss"] for x in lines], [x["tokens"] for x in lines]]
+        scores[jobs] = []
+        for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
+            code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 10, "--max-new", 4,
+                                   *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json")
+            assert code == 0, err
+            scores[jobs].append(json.loads((world / "by.json").read_text()))
+    assert losses[1][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[1][1] == losses[2][1]
+    assert scores[1] == scores[2]
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     """A process of its own, started from another folder as a user would."""
     arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "vision", "--steps", "20", "--save-every", "0",
-                 "--data-dir", "data", "--out", "stopped", "--packs", "1"]
+                 "--data-dir", "data", "--out", "stopped", "--packs", "2", "--jobs", "2"]
     process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, limit = world / "stopped" / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and time.monotonic() < limit:

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "data" / "toy" / "prepare.py"
 spec = importlib.util.spec_from_file_location("toy_prepare", SCRIPT)
 toy = sys.modules["toy_prepare"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
-SIZES = dict(scale=0.02, pretrain=3)
+SIZES = dict(scale=0.02, pretrain=5)  # and one wide clip
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
 NAMED = re.compile(r"(\w+) (\w+) moving (\w+) on (\w+)(?: with a (\w+) flash)?")
 
@@ -153,8 +153,8 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 
 # ---- rows ----
 def test_schema(world, rows):
-    assert set(rows) == {"pretrain", "glimpses", "near", "cpt_text", "cpt_image", "cpt_video", "sft_short", "sft_long",
-                         "rl", "val", "test_short", "test_long", "test_agent"}
+    assert set(rows) == {"pretrain", "glimpses", "near", "wide", "cpt_text", "cpt_image", "cpt_video", "sft_short",
+                         "sft_long", "rl", "val", "test_short", "test_long", "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
     for row in all_rows:
@@ -172,6 +172,8 @@ def test_schema(world, rows):
     in_clips = [r for r in rows["pretrain"] if "clip" in r]
     windows = {(r["clip"], json.dumps(r["messages"][0]["content"][0])) for r in in_clips}
     assert len(windows) == SIZES["pretrain"]  # all rows of a clip share one window
+    late = [r["messages"][0]["content"][0] for r in rows["wide"]]
+    assert len({v["start"] for v in late}) == 3 and all(12 <= v["end"] - v["start"] <= 24 for v in late)
 
 
 def test_letters_are_balanced_and_options_come_from_the_clip(rows):
@@ -185,7 +187,7 @@ def test_letters_are_balanced_and_options_come_from_the_clip(rows):
     for letters in each.values():
         assert len(letters) == 4 and max(letters.values()) <= 1.15 * min(letters.values()), each
     for path, scenes in captions(rows):
-        in_clip = {"colour": {s[2] for s in scenes}, "shape": {s[3] for s in scenes}}
+        in_clip = {"colour": {s[2] for s in scenes}, "shape": {f"a {s[3]}" for s in scenes}}
         for row in every(rows):
             if row.get("clip") == path and row["task"] == "mcq" and row["kind"] in in_clip:
                 known = in_clip[row["kind"]]
@@ -195,6 +197,7 @@ def test_letters_are_balanced_and_options_come_from_the_clip(rows):
 def test_every_text_is_in_the_vocabulary(world, rows):
     pieces = set(json.loads((world / "vocab.json").read_text()))
     assert pieces == set(toy.pieces())
+    pieces.add("a")  # of "a ring": the tokenizer has every byte
     longest = max(map(len, pieces))
 
     def tokens(text):

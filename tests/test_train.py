@@ -92,9 +92,12 @@ def alone(model, sample):
     return model.logits(hidden[0, at - 1]), sample.ids[at]
 
 
+@pytest.mark.parametrize("block", [5, 256])
 @pytest.mark.parametrize("kind", ["text", "image", "video", "rollouts"])
 @torch.no_grad()
-def test_packed_loss_equals_that_of_separate_samples(kind, model, toy, processor):
+def test_packed_loss_equals_that_of_separate_samples(kind, block, model, toy, processor, monkeypatch):
+    """Also with attention blocks that begin in the middle of branches."""
+    monkeypatch.setattr(train, "BLOCK", block)
     data = data_of(toy, processor, "sft_short.jsonl")
     packs, separate = [], []
     for rows, root in groups_of(toy, processor, kind):
@@ -297,7 +300,7 @@ def arguments(out, **changes):
 
 
 def trainer_of(out, tiny, tokenizer, stage="sft_short", **changes):
-    small = dict(steps=6, lr=1e-3, packs=4, branches=1, group=4, updates=2, pool=17, replay_packs=1)
+    small = dict(steps=6, lr=1e-3, packs=4, branches=1, group=4, updates=2, pool=17)
     recipe = Recipe({}, **{**small, **changes})
     model = random_model(tiny, tokenizer)
     return Trainer(model, Processor(tokenizer, tiny), recipe, stage, arguments(out))
@@ -341,11 +344,10 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_pa
 def run(stage, out, tiny, processor, toy, teacher=None):
     trainer = trainer_of(out, tiny, processor.tokenizer, stage)
     data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
-    replay = data_of(toy, processor, "sft_short.jsonl", stage=stage + "-replay")
     if stage == "rl":
-        train.train_rl(trainer, data, replay)
+        train.train_rl(trainer, data)
     elif stage == "opd":
-        train.train_opd(trainer, data, replay, teacher)
+        train.train_opd(trainer, data, teacher)
     else:
         train.train_supervised(trainer, data)
     return trainer
@@ -438,6 +440,6 @@ def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeyp
     trainer = trainer_of(tmp_path, tiny, tokenizer, "rl", steps=8, clip=(0.2, 0.2), kl=0.0, pool=12, warmup=0.0)
     data = data_of(toy, processor, "rl.jsonl", stage="rl")
     data.groups = [(root, [[{**r, "task": "mcq"} for r in rows] for rows in groups]) for root, groups in data.groups]
-    train.train_rl(trainer, data, data_of(toy, processor, {}))
+    train.train_rl(trainer, data)
     rewards = [json.loads(x)["reward"] for x in (tmp_path / "metrics.jsonl").open()]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.05

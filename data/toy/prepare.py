@@ -146,13 +146,16 @@ def pick(rng, items, n=None):
 
 
 def script(rng, path, length):
-    """Draws what happens in a clip that is short (12-24 s), long (60-120 s) or for pretraining (40 s)."""
+    """Draws what happens in a clip: short (12-24 s), long (60-120 s), or for pretraining 40 s, "wide" 120 s."""
     low, high = (3, 6) if length == "long" else (2, 4)
     while True:
-        duration = int({"short": rng.integers(12, 25), "long": rng.integers(60, 121), "pretrain": 40}[length])
+        duration = int({"short": rng.integers(12, 25), "long": rng.integers(60, 121), "pretrain": 40,
+                        "wide": 120}[length])
         cuts = [0.0]
         while (left := duration - cuts[-1]) > high:  # what a scene leaves is enough for one more
             cuts.append(cuts[-1] + int(rng.integers(low * 2, int(min(high, left - low) * 2) + 1)) / 2)
+        if len(cuts) > len(PAIRS):
+            continue
         # some shapes are common in a clip, some rare: otherwise every count would be 1 or 2
         weights = np.tile(rng.dirichlet([0.7] * len(SHAPES)) + 0.02, len(COLOURS))
         pairs = rng.choice(len(PAIRS), len(cuts), replace=False, p=weights / weights.sum())
@@ -160,7 +163,7 @@ def script(rng, path, length):
         for start, end, pair in zip(cuts, [*cuts[1:], float(duration)], pairs):
             ground = pick(rng, [b for b in BACKGROUNDS if b != ground])  # a cut can always be seen
             clip.scenes.append(Scene(start, end, *PAIRS[pair], pick(rng, DIRECTIONS), ground))
-        many = rng.integers(*{"short": (1, 3), "long": (3, 6), "pretrain": (2, 5)}[length])
+        many = rng.integers(*{"short": (1, 3), "long": (3, 6), "pretrain": (2, 5), "wide": (4, 7)}[length])
         for i, colour in enumerate(pick(rng, FLASHES, many)):
             taken = [clip.scene(u) for u in clip.flashes]
             free = [t for t in clip.seconds() if clip.scene(t) not in taken]
@@ -289,6 +292,8 @@ class Asker:
             name = "object" if kind == "what" else kind
             right, wrong = getattr(here, name), [getattr(s, name) for s in clip.scenes]
             fill = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "what": ()}[kind]
+            if kind == "shape":  # "a ring": then the piece is " ring", as in every caption, and not the rare "ring"
+                right, wrong, fill = f"a {right}", [f"a {w}" for w in wrong], [f"a {f}" for f in fill]
         options = pick(rng, sorted(set(wrong) - {right}), 3)
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
@@ -360,8 +365,8 @@ class Asker:
             yield make("mcr", "verify", self.video(start=a, end=a + width), tell("verify", claim=claim), verdict)
 
     def open(self, kinds):
-        """Questions without options, answered by the word."""
-        for kind, t in zip(kinds, pick(self.rng, self.clip.seconds(), len(kinds))):
+        """Questions without options, answered by the word: nothing can be guessed, so looking is learned sooner."""
+        for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
             text, reply, _ = self.question(kind, t)
             yield make("caption", "open", self.video(), text.rpartition("\n")[2], reply.partition(" (")[0])
 
@@ -473,10 +478,10 @@ def pieces():
 
 # ---- splits ----------------------------------------------------------------------------------------------
 SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
-    "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]),
+    "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "wide": ("wide", "wide", 0, ["wide"]),
     "cpt": ("cpt", "short", 200, ["cpt_video"]), "sft": ("sft", "short", 600, ["sft_short"]),
-    "sft_agent": ("sft", "long", 40, ["sft_short"]), "long": ("long", "long", 160, ["sft_long"]),
-    "rl": ("rl", "short", 200, ["rl"]), "rl_long": ("rl", "long", 40, ["rl"]), "val": ("val", "short", 40, ["val"]),
+    "sft_agent": ("sft", "long", 40, ["sft_short"]), "long": ("long", "long", 240, ["sft_long"]),
+    "rl": ("rl", "short", 160, ["rl"]), "rl_long": ("rl", "long", 240, ["rl"]), "val": ("val", "short", 40, ["val"]),
     "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
 TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
 
@@ -486,26 +491,28 @@ def rows_of(split, ask, i):
     def kinds(names, n):
         return [names[(i * n + k) % len(names)] for k in range(n)]
 
-    if split == "pretrain":  # all rows have one window, so that they can be packed behind one video
-        width = int(ask.rng.integers(12, 25))
-        start = int(ask.rng.integers(ask.clip.duration - width + 1))
-        near = int(ask.rng.integers(3, 9))  # look-ups are learned first where there is little to look through
-        begin = int(ask.rng.integers(ask.clip.duration - near + 1))
-        return [ask.dense(1, 10, 8, 3, 3, (start, start + width)), [ask.glimpses()],
-                ask.dense(1, 10, 3, 0, 1, (begin, begin + near))]
+    if split in ("pretrain", "wide"):  # all rows of a window can be packed behind one video
+        def window(low, high, *counts):
+            width = int(ask.rng.integers(low, high))
+            start = int(ask.rng.integers(ask.clip.duration - width + 1))
+            return ask.dense(*counts, (start, start + width))
+        if split == "wide":  # times up to two minutes
+            return [[row for _ in range(3) for row in window(12, 25, 1, 10, 8, 3, 3)]]
+        # look-ups are learned first where there is little to look through
+        return [[*window(12, 25, 1, 10, 8, 3, 3)], [ask.glimpses()], [*window(3, 9, 1, 10, 3, 0, 1)]]
     if split in ("cpt", "val"):
         return [ask.dense(1, 4, 3, 1, 1)]
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
-        return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 3)), *ask.dense(1, 3, 3, 1, 1)]]
+        return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
     if split in ("rl", "rl_long", "test"):
-        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(4)]]
+        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(6 if split == "rl_long" else 4)]]
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)], agent]
     agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(3)]
     if split == "sft_agent":
         return [agent]
-    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *agent, *ask.dense(1, 6, 6, 0, 0)]]
+    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *ask.open(SEEN), *agent, *ask.dense(1, 6, 6, 0, 0)]]
 
 
 def make_clip(job):
@@ -534,7 +541,8 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
                        (f"--pretrain {pretrain}", pretrain >= 0), (f"--jobs {jobs}", jobs >= 1)):
         if not good:
             raise SettingsError(f"{flag}: too small (--scale: above 0, at most 100)")
-    clips = {s: max(2, round(n * scale)) if n else pretrain for s, (_, _, n, _) in SPLITS.items()}
+    clips = {s: max(2, round(n * scale)) for s, (_, _, n, _) in SPLITS.items()}
+    clips |= {"pretrain": pretrain, "wide": math.ceil(pretrain / 5)}
     settings = {"version": VERSION, "seed": seed, "scale": scale, "pretrain": pretrain, "clips": clips}
     done, started = out / "done.json", out / "started.json"
     for mark in (done, started):
@@ -580,7 +588,8 @@ def main():
     parser.add_argument("--out", required=True, help="folder for the data set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every count but --pretrain's")
-    parser.add_argument("--pretrain", type=int, default=0, help="clips of 40 s for pretraining the base")
+    parser.add_argument("--pretrain", type=int, default=0,
+                        help="clips of 40 s for pretraining a base, and a fifth as many of two minutes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; no effect on the data")
     args = parser.parse_args()
     try:
