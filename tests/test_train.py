@@ -342,7 +342,8 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_pa
 
 
 def run(stage, out, tiny, processor, toy, teacher=None):
-    trainer = trainer_of(out, tiny, processor.tokenizer, stage)
+    lr = 1e-4 if stage == "rl" else 1e-3                      # at 1e-3 a random policy soon has one answer for all
+    trainer = trainer_of(out, tiny, processor.tokenizer, stage, lr=lr)
     data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
     if stage == "rl":
         train.train_rl(trainer, data)
