@@ -282,7 +282,8 @@ def baselines(test_rows, train_rows, root=".", train_root=None, blind=None, seed
                    f"{name}_all": {s: float(v.mean()) for s, v in values.items()},
                    f"{name}_kinds": {kind: {"name": s, **kinds[s][kind]} for kind, s in top.items()}}
         if task == "grounding":
-            result |= figure("r1_50", recall(values[best], 0.5), test, seed)
+            for percent in (50, 70):
+                result |= figure(f"r1_{percent}", recall(values[best], percent / 100), test, seed)
     return result
 
 
@@ -550,7 +551,7 @@ def table(header, rows):
 
 def render(results):
     """The final tables of a recipe as markdown: one row per stage, the strongest trivial baselines first."""
-    keys, splits = {"mcq": "mcq", "miou": "mIoU", "r1_50": "R1@.5", "width": "width"}, ("short", "long")
+    keys, splits = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7", "width": "width"}, ("short", "long")
     stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
     rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]

@@ -315,8 +315,8 @@ def test_agent_takes_agent_rows(world):
 # ---- tables and results ---------------------------------------------------------------------------------------------
 
 def fake_results():
-    ci = {f"{k}_{p}": v for k in ("mcq", "miou", "r1_50", "width") for p, v in (("n", 40), ("ci", [0.55, 0.75]))}
-    block = {"mcq": 0.65, "miou": 0.6, "r1_50": 1.0, "width": 12.5, **ci}
+    ci = {f"{k}_{p}": v for k in ("mcq", "miou", "r1_70", "width") for p, v in (("n", 40), ("ci", [0.55, 0.75]))}
+    block = {"mcq": 0.65, "miou": 0.6, "r1_70": 1.0, "width": 12.5, **ci}
     group = {"direct": 0.25, "agentic": 0.75, "evidence_hit": 0.5, "direct_n": 8, "forced": 1, "direct_ci": [0.1, 0.5]}
     return {"baselines": {"short": {"mcq": 0.33, "miou": 0.2}, "long": {"mcq": 0.3}}, "base": {"loss": 1.25},
             "convert": {"loss": 1.5, "cache_ratio": 0.5}, "cpt": {"loss": 1.3},
