@@ -509,7 +509,7 @@ def rows_of(split, ask, i):
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)], agent]
-    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(3)]
+    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(1)]  # each claim is a pack of its own
     if split == "sft_agent":
         return [agent]
     return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *ask.open(SEEN), *agent, *ask.dense(1, 6, 6, 0, 0)]]
