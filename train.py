@@ -9,7 +9,7 @@ Reading order: recipe → data (rows → packs → batches) → losses → the l
 (supervised, conversion, GSPO, on-policy distillation) → the chain of stages.
 
 Where this differs from the paper, and why:
- 1. Sizes. The paper trains 8 B parameters on 16 M + 7 M samples; the default here is 1.5 M parameters on a toy world.
+ 1. Sizes. The paper trains 8 B parameters on 16 M + 7 M samples; the default here is 2 M parameters on a toy world.
  2. Several questions about one video share its tokens (a tree-shaped attention mask). The loss is the same as of
     separate samples; the video is encoded once.
  3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (the clip range 3e-4 is far below bf16 noise);
