@@ -332,25 +332,22 @@ def once(action):
 def join_processes(jobs, device="cpu"):
     """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command: at the tiny
     size two processes of one thread do twice the work of one process with two. Each works on its share of a batch."""
-    address, own = "env://", int(os.environ.get("RANK", 0))
     if "RANK" not in os.environ:
         if jobs == 1:
             return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        env = {**os.environ, "IV3_GROUP": address, "WORLD_SIZE": str(jobs), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(jobs), "RANK": "0"}
         for other in range(1, jobs):
-            atexit.register(subprocess.Popen([sys.executable, *sys.argv], env={**env, "RANK": str(other)}).kill)
-    else:
-        address, jobs = os.environ.get("IV3_GROUP", address), int(os.environ["WORLD_SIZE"])
+            env = {**os.environ, "RANK": str(other), "TQDM_DISABLE": "1"}
+            atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=address, rank=own,
-                            world_size=jobs, timeout=timedelta(days=1))
-    if own:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    if rank():
         sys.stdout = open(os.devnull, "w")
 
 
@@ -393,7 +390,7 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=48, tem
     for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing):
         outs = iv3.generate(model, samples, stop, max_new, temperature, generator=generator)
         for i, out in zip(numbers, outs):
-            texts[i] = processor.tokenizer.decode([t for t in out.ids if t != stop])
+            texts[i] = out.text(processor.tokenizer)
         frames += [sample.frames for sample in samples]
         tokens += [len(sample.ids) for sample in samples]
     frames, tokens = (sum(lists, []) for lists in zip(*gather((frames, tokens))))

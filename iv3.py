@@ -651,6 +651,11 @@ class Generation:
     ids: list = field(default_factory=list)            # new tokens, the stop token included when it was reached
     logprobs: list = field(default_factory=list)       # log π(token) under the sampling temperature
 
+    def text(self, tokenizer):
+        """What was written, without the end of the turn."""
+        end = tokenizer.token_id("<|im_end|>")
+        return tokenizer.decode([i for i in self.ids if i != end])
+
 
 def sample_token(logits, temperature, generator=None):
     """logits (B,V) → tokens (B,), their log-probabilities (B,), in fp32. Temperature 0 is greedy (log-probs at 1)."""
@@ -810,8 +815,7 @@ def main():
              "fps": args.fps, "max_frames": args.max_frames}
     messages = [{"role": "user", "content": [video, {"type": "text", "text": args.question}]}]
     sample, stop = processor.encode(messages, generation=True), processor.tokenizer.token_id("<|im_end|>")
-    ids = generate(model, [sample], stop, args.max_new)[0].ids
-    print(processor.tokenizer.decode([i for i in ids if i != stop]))
+    print(generate(model, [sample], stop, args.max_new)[0].text(processor.tokenizer))
 
 
 if __name__ == "__main__":

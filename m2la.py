@@ -9,7 +9,7 @@ be linear in x. (2) The adapters of a modality (§3.2.1) are a whole decoder: an
 shared decoder gains nothing on an optimal latent.
 
     pytest tests/test_m2la.py             where there is no GPU, the kernel runs in Triton's interpreter
-    python eval.py --bench conversion     each idea of the conversion at equal bytes (decode: speed, memory)
+    python eval.py --bench decode         time of a new token on the latent cache and on GQA's, and their bytes
 """
 import copy
 import warnings

@@ -3,7 +3,6 @@
     python train.py                                   # the whole recipe on the toy world, tiny, a laptop CPU is enough
     python train.py --stage sft --phase long          # one stage; it starts from the stage before it in --out
     python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
-    python train.py --stage base --out runs/base      # pretrain the tiny GQA base (our stand-in for Qwen3-VL)
 
 Reading order: recipe → data (rows → packs → batches) → losses → the loop and its checkpoints → the stages
 (supervised, conversion, GSPO, on-policy distillation) → the chain of stages.
@@ -42,12 +41,11 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import gather, once, rank, world
-from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
+from iv3 import (Config, Encoded, MediaError, UserError, build_model, find_model, generate,
                  load_model, load_rows, run_cli, save_model, write_atomic)
 from m2la import M2LA, Blocks, Calibration, ConvertSpec
 
-HERE = Path(__file__).parent
-SHIPPED = HERE / "data" / "toy" / "weights"                    # the tiny base and teacher that come with the code
+TOY = Path(__file__).parent / "data" / "toy"
 
 
 # ----------------------------------------------------------------------------------------------------------- recipe
@@ -62,7 +60,6 @@ class Recipe:
     lr: float
     lr_min: float = 0.0
     warmup: float = 0.03
-    stop: int = 0                            # end after so many steps of that schedule; 0: at its end
     weight_decay: float = 0.05
     packs: int = 8                           # packs (videos) per step
     branches: int = 8                        # conversations per pack
@@ -83,13 +80,6 @@ class Recipe:
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
-    "vision": Recipe({"glimpses.jsonl": 1.0}, steps=5000, lr=2e-3, muon=0.02, packs=8, branches=1),
-    "near": Recipe({"near.jsonl": (1.0, 0.0), "pretrain.jsonl": (0.0, 1.0), "cpt_text.jsonl": 0.05}, steps=1200,
-                   lr=1e-3, lr_min=5e-5, muon=0.02, branches=16, freeze=("vision",)),
-    "base": Recipe({"wide.jsonl": 0.75, "pretrain.jsonl": 0.2, "cpt_text.jsonl": 0.05}, steps=400, lr=1e-3, lr_min=1e-4,
-                   muon=0.02, branches=16, freeze=("vision",)),
-    "teacher": Recipe({"wide.jsonl": 0.1, "cpt_text.jsonl": 0.05, "sft_short.jsonl": 0.35, "sft_long.jsonl": 0.5},
-                      steps=600, lr=1e-3, lr_min=5e-5, muon=0.01, branches=16, reduction="square", freeze=("vision",)),
     "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
@@ -98,8 +88,7 @@ TINY = {
     "rl": Recipe({"rl.jsonl": 1.0}, steps=80, lr=1.5e-4, lr_min=1e-5, kl=0.04, weight_decay=0.0, branches=4),
     "opd": Recipe({"rl.jsonl": 1.0}, steps=80, lr=3e-4, lr_min=3e-5, weight_decay=0.0),
 }
-PREVIOUS = {"near": "vision", "base": "near", "teacher": "base", "cpt": "base", "sft_short": "cpt",
-            "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
+PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.
 CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32))
 
@@ -261,7 +250,7 @@ class Loader(torch.utils.data.Dataset):
         self.data, self.recipe, self.first = data, recipe, first
 
     def __len__(self):
-        return (self.recipe.stop or self.recipe.steps) - self.first
+        return self.recipe.steps - self.first
 
     def __getitem__(self, i):
         torch.set_num_threads(1)
@@ -425,7 +414,7 @@ class Trainer:
             first, seen = state["step"], state["tokens"]
             print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
         once(lambda: self._cut_metrics(first))
-        steps = self.recipe.stop or self.recipe.steps
+        steps = self.recipe.steps
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began = time.monotonic(), time.monotonic()
         self.model.train()
@@ -476,7 +465,7 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------------- the stages
 
 def train_supervised(trainer, data):
-    """near, base, teacher, cpt, sft: next token on the answers."""
+    """cpt, sft: next token on the answers."""
     loader = None
     if trainer.args.workers:
         state = trainer.directory / "state.pt"
@@ -489,34 +478,6 @@ def train_supervised(trainer, data):
         loss = trainer.update(trainer.supervised(batches))
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
-
-
-def train_vision(trainer, data):
-    """What SigLIP pretraining is to Qwen3-VL: every vision token learns to name the words of its second, under the
-    decoder's own (fixed) embeddings:  L = − mean_w log softmax(30 · E x)_w  over the words w of the description."""
-    model, tokenizer = trainer.model, trainer.tokenizer
-
-    def step_of(step):
-        patches, grids, words = [], [], []
-        for rows, root in data.step(step, trainer.recipe.packs, 1):
-            sample = data.encode(rows, root)
-            if sample:
-                lines = rows[0]["messages"][-1]["content"].split("\n")
-                words += [sorted(set(tokenizer.encode(line))) if line != "-" else [] for line in lines]
-                patches.append(sample[0].patches)
-                grids.append(sample[0].grids)
-        target = torch.nn.utils.rnn.pad_sequence([torch.tensor(w, dtype=torch.long) for w in words], True, -1)
-
-        def loss_of(batch):
-            x = model.visual(batch["patches"], batch["grids"])[0]                                # (n,D)
-            table = model.language_model.embed_tokens.weight.detach()                            # E (V,D)
-            logp = F.log_softmax(30 * (x @ table.T).float(), -1)
-            named = batch["target"] >= 0
-            return -(logp.gather(1, batch["target"].clamp_min(0)) * named).sum()
-        batch = {"patches": torch.cat(patches), "grids": torch.cat(grids), "target": target}
-        named = sum(gather(int((target >= 0).sum())))
-        return {"loss": trainer.update([(batch, loss_of, 1 / named)]), "tokens": len(words)}
-    trainer.fit(step_of, finish=lambda: start_lookups(model, trainer.args.seed))
 
 
 def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
@@ -570,10 +531,6 @@ def packs_of(data, rows, samples, roots, per_row):
     return packs
 
 
-def score_text(trainer, generation):
-    return trainer.tokenizer.decode([i for i in generation.ids if i != trainer.tokenizer.token_id("<|im_end|>")])
-
-
 @torch.no_grad()
 def judged(data, trainer, judge):
     """judge(number, packs) → a list, for all packs of the pool, shared by the processes; the lists joined."""
@@ -622,7 +579,7 @@ def train_rl(trainer, data):
         def judge(number, chunk):
             rows, _, outs, _ = rollout(trainer, data, chunk, 4, trainer.generator(10 ** 6 + number), r.temperature)
             for k, row in enumerate(rows):
-                reward = np.mean([evaluation.reward(score_text(trainer, o), row) for o in outs[4 * k:4 * k + 4]])
+                reward = np.mean([evaluation.reward(o.text(trainer.tokenizer), row) for o in outs[4 * k:4 * k + 4]])
                 low, high = (0.1, 0.7) if row["task"] == "grounding" else (0.01, 0.99)
                 yield row["id"], bool(low <= reward <= high)
         verdicts = judged(data, trainer, judge)
@@ -635,7 +592,7 @@ def train_rl(trainer, data):
         trainer.model.eval()
         drawn, generator = data.step(step, r.packs, r.branches), trainer.generator(step)
         rows, prompts, outs, roots = rollout(trainer, data, drawn, G, generator, r.temperature)
-        rewards = torch.tensor([evaluation.reward(score_text(trainer, o), rows[i // G]) for i, o in enumerate(outs)])
+        rewards = torch.tensor([evaluation.reward(o.text(trainer.tokenizer), rows[i // G]) for i, o in enumerate(outs)])
         spread = rewards.view(-1, G).std(1, correction=0)
         live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
         samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
@@ -690,7 +647,7 @@ def train_opd(trainer, data, teacher_dir):
             rewards = []
             for model in (trainer.model, teacher):
                 rows, _, outs, _ = rollout(trainer, data, chunk, 1, None, 0.0, model)
-                rewards.append([evaluation.reward(score_text(trainer, o), row) for o, row in zip(outs, rows)])
+                rewards.append([evaluation.reward(o.text(trainer.tokenizer), row) for o, row in zip(outs, rows)])
             for row, student, best in zip(rows, *rewards):
                 yield row["id"], row.get("kind", row["task"]), best - student
         verdicts, kinds = judged(data, trainer, judge), defaultdict(list)
@@ -729,82 +686,11 @@ def chunked(items, size):
 
 # ------------------------------------------------------------------------------------------------- chain and command
 
-def initial_weights(args):
-    """A fresh tiny GQA model for the vision and base stages; see `start_lookups`."""
-    vocabulary = args.data_dir / "vocab.json"
-    if not vocabulary.is_file():
-        raise UserError(f"{vocabulary}: no vocabulary; run data/toy/prepare.py --out {args.data_dir} --pretrain 2400")
-    tokenizer = Tokenizer(json.loads(vocabulary.read_text()))
-    cfg = Config.preset(args.preset, vocab=len(tokenizer))
-    model, generator = build_model(cfg, tokenizer), torch.Generator().manual_seed(args.seed)
-    model.init_weights(generator)
-    table, core = model.language_model.embed_tokens.weight.data, {}
-    for i, token in enumerate(tokenizer.tokens):         # "<12" of a timestamp starts close to "12" of a question
-        word = token.decode(errors="replace").strip(" <>().,:\n\"")
-        if word and word in core:
-            table[i] = 0.9 * table[core[word]] + 0.44 * table[i]
-        core.setdefault(word, i)
-    table += 0.2 * torch.randn(cfg.hidden, generator=generator).sign() - table.mean(0)     # see start_lookups
-    for merger in model.visual.deepstack_merger_list:
-        merger.linear_fc2.weight.data.zero_()
-    return model, Processor(tokenizer, cfg)
-
-
-@torch.no_grad()
-def start_lookups(model, seed):
-    """After alignment, initialise the first two layers so that look-ups ("what is at 12 seconds?", "when is the red
-    circle?") are learned in minutes on a CPU; all else stays random. With W = [own; before; asked] orthonormal:
-    - all embeddings share one direction, by which a head can attend to position alone. Vision tokens get it here:
-      alignment cannot teach it, since it adds the same to the logits of all words;
-    - layer 0, head 0 looks 3 tokens back, from a vision token to its timestamp, and notes it in the subspace `before`;
-      heads 1 and 2 look 6 and 5 back, from "assistant" to what was asked ("red", " circle"), and note it in `asked`;
-    - layer 1 looks at vision tokens only: head 0 matches what was asked with their timestamps and copies their words,
-      head 2 matches it with their words and copies their timestamps."""
-    lm, last = model.language_model, model.visual.merger.linear_fc2
-    shared, generator = lm.embed_tokens.weight.mean(0), torch.Generator().manual_seed(seed)
-    unit, Dh = shared / shared.norm(), model.cfg.head_dim
-    last.weight -= torch.outer(unit, unit @ last.weight)
-    last.bias += shared - unit * (unit @ last.bias)
-    random = torch.cat([unit[:, None], torch.randn(len(unit), 3 * Dh + 1, generator=generator)], 1)
-    own, before, asked, sight = torch.linalg.qr(random)[0][:, 1:].T.split([Dh, Dh, Dh, 1])        # (Dh,D), sight (1,D)
-    last.bias += 2 * sight[0]                            # vision tokens can be told from words
-    for layer in lm.layers:
-        layer.self_attn.q_norm.weight.fill_(1.6)
-        layer.self_attn.k_norm.weight.fill_(1.6)
-
-    def part(layer, name, head):                         # rows of one head in q, k or v; columns in o
-        weight = getattr(lm.layers[layer].self_attn, name + "_proj").weight
-        return weight[:, head * Dh:(head + 1) * Dh] if name == "o" else weight[head * Dh:(head + 1) * Dh]
-
-    def turned(steps):                                   # a constant vector in the fastest frequencies, `steps` ahead
-        out = torch.zeros(Dh, len(unit))
-        for l, strength in enumerate((10, 7.5, 5, 5, 5, 5)):
-            angle = steps * model.cfg.theta ** (-2 * l / Dh)
-            out[l], out[Dh // 2 + l] = (strength * f(angle) * unit / len(unit) ** 0.5 for f in (math.cos, math.sin))
-        return out
-    for head, kv, steps, note in ((0, 0, 3, before), (1, 0, 6, asked), (2, 1, 5, asked)):
-        ahead = (3, 5)[kv]                               # a key turned ahead meets the query of so many steps later
-        part(0, "q", head).copy_(turned(ahead - steps))
-        part(0, "k", kv).copy_(turned(ahead) + 0.05 * torch.randn(Dh, len(unit), generator=generator))
-        part(0, "v", kv).copy_(own)
-        part(0, "o", head).copy_(1.5 * note.T)
-    slow = (torch.arange(Dh) % (Dh // 2) >= 6)[:, None]  # frequencies that hardly turn over a clip
-    for head, kv, query, key, value in ((0, 0, own + asked, before, own), (2, 1, asked, own, before)):
-        part(1, "q", head).copy_(query * slow)
-        part(1, "k", kv).copy_(key * slow)
-        part(1, "q", head)[12:16] = 0.8 * unit           # always matches the keys of vision tokens
-        part(1, "k", kv)[12:16] = 0.5 * sight
-        part(1, "v", kv).copy_(value)
-        part(1, "o", head).copy_(own.T)
-
-
 def recipe_of(stage, args):
     """The stage's recipe with the command's overrides."""
     recipe = TINY[stage]
-    flags = ("steps", "stop", "lr", "muon", "packs", "branches", "tokens")
+    flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
     changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
-    if args.steps and args.stop is None:
-        changes["stop"] = 0                              # the recipe's own stop belongs to its own schedule
     if args.data:
         changes["mix"] = {str(path): 1.0 for path in args.data}
     return replace(recipe, **changes)
@@ -825,22 +711,18 @@ def start_of(stage, args):
 def run_stage(stage, args):
     """Train one stage and leave its checkpoint in --out/<stage>."""
     recipe = recipe_of(stage, args)
-    if stage == "vision":
-        start, (model, processor) = None, initial_weights(args)
-    else:
-        start = start_of(stage, args)
-        model, processor = load_model(start)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{stage}: starts from {start} ({model.cfg.attn}, {size:.2f} M parameters)")
-    model.to(args.device)
+    if recipe.packs < world():
+        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
+    start = start_of(stage, args)
+    model, processor = load_model(start, args.device)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{stage}: starts from {start} ({model.cfg.attn}, {size:.2f} M parameters)")
 
     if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
         convert_stage(model, processor, args)
-    elif stage in ("sft_short", "sft_long", "rl", "opd") and model.cfg.attn != args.attn:
+    elif model.cfg.attn != args.attn:
         kind = model.cfg.attn
         raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
-    if recipe.packs < world():
-        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
     trainer = Trainer(model, processor, recipe, stage, args, start)
     stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
@@ -850,8 +732,6 @@ def run_stage(stage, args):
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
         train_opd(trainer, stage_data, teacher)
-    elif stage == "vision":
-        train_vision(trainer, stage_data)
     else:
         train_supervised(trainer, stage_data)
     if stage_data.skipped:
@@ -883,19 +763,19 @@ def cache_ratio(cfg):
     return sum(max(r) + cfg.rope_width for r in cfg.ranks) / cfg.layers / gqa if cfg.attn == "m2la" else 1.0
 
 
-def prepare_data(args, pretrain=0):
-    """The toy world: real .mp4 files and JSONL under --out/data (data/toy/prepare.py), made once."""
-    command = [sys.executable, str(HERE / "data/toy/prepare.py"), "--out", str(args.data_dir), "--seed", str(args.seed),
-               "--scale", str(args.scale), "--pretrain", str(pretrain)]
-    if subprocess.run(command).returncode:
-        raise UserError("the toy data could not be prepared (see above)")
+def toy(script, out, args, *flags):
+    """Run data/toy/prepare.py (real .mp4 files and JSONL) or pretrain.py (the tiny base and the teacher)."""
+    command = [sys.executable, TOY / script, "--out", out, "--seed", args.seed, *flags]
+    alone = {k: v for k, v in os.environ.items() if k != "RANK"}         # it starts processes of its own
+    if code := subprocess.run(list(map(str, command)), env=alone).returncode:
+        sys.exit(code)                                                   # it has said why
 
 
 def copy_shipped(out):
     """The shipped base and teacher as stages of this run; --base scratch trains them instead (an hour on 2 cores)."""
     for name in ("base", "teacher"):
         if not (out / name / "config.json").is_file():
-            shutil.copytree(SHIPPED / name, out / f"{name}.tmp", dirs_exist_ok=True)
+            shutil.copytree(TOY / "weights" / name, out / f"{name}.tmp", dirs_exist_ok=True)
             os.replace(out / f"{name}.tmp", out / name)
 
 
@@ -920,12 +800,8 @@ def scores_of(stage, args):
 def whole_recipe(args):
     """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
     began = time.monotonic()
-    once(lambda: prepare_data(args, pretrain=args.pretrain if args.base == "scratch" else 0))
-    if args.base == "shipped":
-        once(lambda: copy_shipped(args.out))
-    for stage in ("vision", "near", "base", "teacher") if args.base == "scratch" else ():
-        if not (args.out / stage / "config.json").is_file():
-            run_stage(stage, args)
+    once(lambda: toy("prepare.py", args.data_dir, args, "--scale", args.scale))
+    once(lambda: copy_shipped(args.out) if args.base == "shipped" else toy("pretrain.py", args.out, args))
     scores = {"base": scores_of("base", args)}
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
         if not (args.out / stage / "config.json").is_file():
@@ -972,23 +848,19 @@ def assemble(scores, gap_kinds, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
-    add("--stage", choices=["vision", "near", "base", "teacher", "cpt", "sft", "rl", "opd"],
-        help="one stage; without it the whole recipe, tiny")
+    add("--stage", choices=["cpt", "sft", "rl", "opd"], help="one stage; without it the whole recipe, tiny")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
-    add("--attn", choices=["m2la", "gqa"], help="attention (default m2la; base and teacher are gqa)")
+    add("--attn", choices=["m2la", "gqa"], default="m2la", help="attention; gqa: without conversion")
     add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a directory per stage, metrics, results")
     add("--init", help="start from this checkpoint directory instead of the stage before in --out")
     add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
     add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
-    add("--preset", default="tiny", help="size of a base trained from scratch")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
     add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
-    add("--pretrain", type=int, default=2000, help="toy data: videos to pretrain a base on")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, help="steps of the stage (default: the recipe's)")
-    add("--stop", type=int, help="end after so many of them, the schedule unchanged (0: at the end)")
     add("--lr", type=float, help="peak learning rate")
     add("--muon", type=float, help="learning rate of Muon for weight matrices (0: AdamW for everything)")
     add("--packs", type=int, help="videos per step")
@@ -1004,8 +876,8 @@ def main():
                                  "there `torchrun --nproc_per_node=N train.py` starts them)")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
-    for name in ("steps", "stop", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
-        least = 0 if name in ("stop", "muon", "workers", "save_every", "seed") else 1
+    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
+        least = 0 if name in ("muon", "workers", "save_every", "seed") else 1
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.lr is not None and not 0 < args.lr < 1:
@@ -1016,7 +888,6 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
     args.data_dir = args.data_dir or args.out / "data"
-    args.attn = args.attn or "m2la"
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py"]
+FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py"]
 TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
+PRETRAINED = ("vision", "near", "base", "teacher")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 # Importing torch takes seconds: one process does it, and each command is a fork of that.
@@ -64,13 +65,13 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(command, tmp_path_factory):
-    """A folder with the smallest toy data and a run of two steps of `vision` and of `base`."""
+    """A folder with the smallest toy data and a base pretrained for two steps a stage."""
     cwd = tmp_path_factory.mktemp("cli")
-    code, out, err = command(cwd, "data/toy/prepare.py", "--out", "data", "--scale", 0.02, "--pretrain", 2, "--jobs", 1)
+    code, out, err = command(cwd, "data/toy/prepare.py", "--out", "data", "--scale", 0.02, "--jobs", 1)
     assert code == 0 and "sft_short.jsonl" in out, err
-    for stage in ("vision", "near", "base"):
-        code, out, err = command(cwd, "train.py", "--stage", stage, "--steps", 2, *TRAIN)
-        assert code == 0, err
+    code, _, err = command(cwd, "data/toy/pretrain.py", "--out", "runs/tiny", "--scale", 0.02, "--clips", 2, "--steps",
+                           2, "--jobs", 1)
+    assert code == 0, err
     shutil.copytree(cwd / "runs" / "tiny" / "base", cwd / "wide")           # weights of another size than its config
     config = json.loads((cwd / "wide" / "config.json").read_text())
     (cwd / "wide" / "config.json").write_text(json.dumps({**config, "mlp": 400}))
@@ -111,19 +112,18 @@ MISTAKES = [
     (["eval.py", "--data", "bad.jsonl"], "bad.jsonl:2: field 'task' is 'quiz'"),
     (["eval.py", "--data", "data/test_short.jsonl", "--limit", "0"], "--limit 0"),
     (["eval.py", "--bench", "decode", "--jobs", "2"], "--jobs"),
-    (["train.py", "--stage", "base", *TRAIN, "--jobs", "3"], "--packs 2"),
+    (["train.py", "--stage", "cpt", *TRAIN, "--jobs", "3"], "--packs 2"),
     (["eval.py", "--data", "data/test_short.jsonl", "--json", "absent/r.json"], "--json absent/r.json"),
-    (["train.py", "--stage", "base", "--out", "empty/a", "--jobs", "1"], "empty/a: has no finished 'near'"),
+    (["train.py", "--stage", "cpt", "--out", "empty/a", "--jobs", "1"], "empty/a: has no finished 'base'"),
     (["train.py", "--stage", "rl", *TRAIN], "runs/tiny: has no finished 'sft_long'"),
-    (["train.py", "--stage", "vision", "--out", "empty/b", "--jobs", "1"], "empty/b/data/vocab.json"),
-    (["train.py", "--stage", "vision", "--preset", "huge", *TRAIN, "--out", "empty/c"], "preset 'huge'"),
     (["train.py", "--stage", "sft", "--init", "runs/tiny/base", *TRAIN], "runs/tiny/base: its attention is gqa"),
-    (["train.py", "--stage", "base", "--init", "absent", *TRAIN], "absent: no model found"),
-    (["train.py", "--stage", "teacher", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
+    (["train.py", "--stage", "cpt", "--init", "absent", *TRAIN], "absent: no model found"),
+    (["train.py", "--stage", "cpt", "--attn", "gqa", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
     (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
     (["train.py", "--freeze", "all"], "--freeze all"),
     (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
     (["data/toy/prepare.py", "--out", "data", "--seed", "1"], "data/done.json"),
+    (["data/toy/pretrain.py", "--out", "empty/e", "--clips", "-1"], "--pretrain -1"),
     *([] if torch.cuda.is_available() else [(["train.py", "--device", "cuda"], "--device cuda")])]
 
 
@@ -151,13 +151,13 @@ def test_flags_that_do_not_exist_are_named(arguments, named, command, tmp_path):
 
 
 def test_a_stage_leaves_a_checkpoint_its_record_and_metrics(world):
-    for stage in ("vision", "near", "base"):
+    for stage in PRETRAINED:
         names = {p.name for p in (world / "runs" / "tiny" / stage).iterdir()}
         assert names == {"config.json", "stage.json", "vocab.json", "weights.pt"}
     record = json.loads((world / "runs" / "tiny" / "base" / "stage.json").read_text())
     assert record["inherits"] == "runs/tiny/near" and record["recipe"]["steps"] == 2 and record["tokens"] > 0
     lines = [json.loads(line) for line in (world / "runs" / "tiny" / "metrics.jsonl").open()]
-    assert [(x["stage"], x["step"]) for x in lines] == [(s, i) for s in ("vision", "near", "base") for i in range(2)]
+    assert [(x["stage"], x["step"]) for x in lines] == [(s, i) for s in PRETRAINED for i in range(2)]
 
 
 def test_asking_about_a_video(command, world):
@@ -186,8 +186,9 @@ def test_two_processes_do_what_one_does(command, world):
     """Training: the same losses. Scores of a file, direct and of the agent: the same results."""
     losses, scores = {}, {}
     for jobs in (1, 2):
-        code, _, err = command(world, "train.py", "--stage", "teacher", "--steps", 4, "--packs", 4, "--branches", 3,
-                               "--init", "runs/tiny/base", "--data-dir", "data", "--out", f"by{jobs}", "--jobs", jobs)
+        flags = ("--steps", 4, "--packs", 4, "--branches", 3, "--out", f"by{jobs}", "--jobs", jobs)
+        code, _, err = command(world, "train.py", "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
+                               "--data-dir", "data", *flags)
         assert code == 0, err
         lines = [json.loads(line) for line in (world / f"by{jobs}" / "metrics.jsonl").open()]
         losses[jobs] = [[x["loss"] for x in lines], [x["tokens"] for x in lines]]
@@ -203,8 +204,9 @@ def test_two_processes_do_what_one_does(command, world):
 
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     """A process of its own, started from another folder as a user would."""
-    arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "vision", "--steps", "20", "--save-every", "0",
-                 "--data-dir", "data", "--out", "stopped", "--packs", "2", "--jobs", "2"]
+    arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
+                 "--steps", "60", "--save-every", "0", "--data-dir", "data", "--out", "stopped", "--packs", "2",
+                 "--jobs", "2"]
     process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, limit = world / "stopped" / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and time.monotonic() < limit:
@@ -212,10 +214,10 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130 and err.splitlines()[-1] == "interrupted; run the same command again to go on"
-    assert not (world / "stopped" / "vision" / "config.json").exists()
+    assert not (world / "stopped" / "cpt" / "config.json").exists()
     again = subprocess.run(arguments, cwd=world, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming at step" in again.stdout
-    assert [json.loads(x)["step"] for x in metrics.open()] == list(range(20))
+    assert [json.loads(x)["step"] for x in metrics.open()] == list(range(60))
 
 
 def test_the_whole_recipe_from_one_command(command, world):

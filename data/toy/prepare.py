@@ -27,7 +27,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1  # raise it when the same settings give other data: older folders are then refused, not mixed
+VERSION = 2  # raise it when the same settings give other data: older folders are then refused, not mixed
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
@@ -154,7 +154,7 @@ def script(rng, path, length):
         cuts = [0.0]
         while (left := duration - cuts[-1]) > high:  # what a scene leaves is enough for one more
             cuts.append(cuts[-1] + int(rng.integers(low * 2, int(min(high, left - low) * 2) + 1)) / 2)
-        if len(cuts) > len(PAIRS):
+        if len(cuts) > len(PAIRS):  # no pair may come twice
             continue
         # some shapes are common in a clip, some rare: otherwise every count would be 1 or 2
         weights = np.tile(rng.dirichlet([0.7] * len(SHAPES)) + 0.02, len(COLOURS))
@@ -504,11 +504,13 @@ def rows_of(split, ask, i):
         return [ask.dense(1, 4, 3, 1, 1)]
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
-    if split in ("rl", "rl_long", "test"):
-        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(6 if split == "rl_long" else 4)]]
+    if split in ("rl", "rl_long"):
+        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(12 if split == "rl_long" else 4)]]
+    if split == "test":
+        return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
-        return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)], agent]
+        return [[*ask.mcq(kinds(MCQ, 12)), *ask.grounding(10)], agent]
     agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(1)]  # each claim is a pack of its own
     if split == "sft_agent":
         return [agent]
