@@ -50,26 +50,21 @@ def final_text(text):
 
 
 def parse_letter(text, options):
-    """The letter a text chooses, or None. 'red (B)' is the house format, word then letter: a tiny model learns to
-    name an option long before it learns the letters, so there the word counts if it is one option's (`letter_agrees`
-    says how often the letter is too). Elsewhere a letter and an option that contradict each other are no answer."""
+    """The letter a text chooses, by the letter or by the option's text, or None. A letter and an option that contradict
+    each other are no answer."""
     text, one = final_text(text), f"([{LETTERS[:len(options)]}])"
     if whole := re.fullmatch(rf"\W*{one}\W*", text, re.I):                                  # B   (b)   B.
         return whole[1].upper()
     several = len(set(re.findall(rf"\({one}\)", text))) > 1
-    if (house := re.search(rf"\w\W*\({one}\)\W*$", text)) and not several:                  # red (B)
-        word = text[:house.start(1) - 1].strip().lower()
-        same = [LETTERS[i] for i, option in enumerate(options) if option.lower() == word]
-        return same[0] if len(same) == 1 else house[1]
     words, low = [" ".join(o.lower().split()) for o in options], " ".join(text.lower().split())
     found = [w for w in words if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", low)]
     found = [w for w in found if not any(w != v and w in v for v in found)]                 # "star" inside "red star"
-    named = LETTERS[words.index(found[0])] if len(found) == 1 else None
-    start = re.match(rf"(?:\({one}\)|{one}[.):])", text)                                    # (B) red   B. red
+    named = LETTERS[words.index(found[0])] if len(found) == 1 == words.count(found[0]) else None
+    edge = re.match(rf"\(?{one}[.):]", text) or re.search(rf"\({one}\)$", text)             # (B) red  B. red  red (B)
     cues = re.findall(rf"(?i:answer|option|choice)(?i:\s+is)?\W*{one}\b", text)             # the answer is B
     if several and not cues:
         return None
-    letter = cues[-1] if cues else start[1] or start[2] if start else named
+    letter = cues[-1] if cues else edge[1] if edge else named
     return letter if named in (None, letter) else None
 
 
@@ -102,15 +97,6 @@ def grounding_reward(text, row):
     """IoU. A row may carry its video's `duration`: both spans are cut to it, as some sets annotate past the end."""
     end, span = row.get("duration", math.inf), parse_span(text)
     return iou(*[(min(s[0], end), min(s[1], end)) for s in (span, row["answer"])]) if span else 0.0
-
-
-def format_reward(text, row):
-    """1 for exactly the trained form: an option with its own letter, or a sentence with one forward span."""
-    text = final_text(text)
-    if row["task"] == "grounding":
-        form = re.fullmatch(r"From (\d+\.\d) to (\d+\.\d) seconds\.", text)
-        return float(form is not None and float(form[1]) < float(form[2]))
-    return float(text in [f"{word} ({letter})" for word, letter in zip(row["options"], LETTERS)])
 
 
 def reward(text, row):
@@ -181,9 +167,8 @@ def score_mcq(texts, rows, seed=0):
     picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
     values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
     kinds = by_kind(values, rows)
-    agree = [float(f"({letter})" in text) for letter, text in zip(picked, texts) if letter]
     return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
-            "letter_agrees": float(np.mean(agree or [0.0])), "kinds": kinds,
+            "kinds": kinds,
             "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
 

@@ -601,7 +601,7 @@ class Rollout:
             call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
             if A.name == "answer" and self.options:
                 named = option_of(A.arguments["text"], self.options)
-                call_needs(named is not None, f"answer with one of the options, like {self.options[0]} (A)")
+                call_needs(named is not None, f"answer with one of the options, like {self.options[0]}")
             return A
         except (ValueError, RecursionError) as e:    # not JSON, or BadCall
             return Action("", {}, f"error: {'' if isinstance(e, BadCall) else 'the call is not JSON: '}{e}")
@@ -667,10 +667,13 @@ class Rollout:
         self.confidence = self.model.likelihood(json.dumps(text, ensure_ascii=False)[1:-1])
 
     def force(self):
-        """A budget is spent: "Answer now.", once. If it answers nothing, the answer stays as it was."""
+        """A budget is spent: "Answer now.", once; with options it starts as the likeliest of them does. If it answers
+        nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
         self.C.append({"role": "user", "content": self.thought})
-        R = self.C.generate(64, opening=FORCED)
+        scores = self.model.score(self.options, opening=FORCED)
+        first = self.options[int(np.argmax(scores))] if self.options else ""
+        R = self.C.generate(64, opening=FORCED, first=first)
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers
             A = self.act(text[1])

@@ -206,7 +206,7 @@ def test_observations_are_noted_and_summarized(clip):
     (call("answer", text="red (A)"), "error: answer needs 'evidence'"),
     (call("answer", text="red (A)", evidence=[]), "error: evidence must be a list"),
     (call("answer", text="red (A)", evidence=[33, 35]), "error: evidence must be a list"),
-    (call("answer", text="mauve", evidence=[[33, 35]]), "error: answer with one of the options, like red (A)"),
+    (call("answer", text="mauve", evidence=[[33, 35]]), "error: answer with one of the options, like red"),
     ("I would say it is red or blue.", "error: answer with one of the options"),
     ("", "error: no <tool_call>".replace("<tool_call>", "[tool_call]")),
 ])
@@ -267,7 +267,7 @@ def test_calls_are_bounded_and_the_answer_forced(clip):
     result, model = rollout(clip, replies, budget=Budget(calls=5))
     assert (result.answer, result.steps, result.budget_exhausted) == ("blue (B)", 5, "calls")
     assert model.messages[-1] == {"role": "user", "content": "Answer now."}
-    assert model.openings[-1] == mcr_agent.FORCED
+    assert model.openings[-1] == mcr_agent.FORCED + "red"     # the likeliest option begins it
 
 
 def test_a_thousand_calls_run_when_they_are_paid_for(clip):

@@ -42,8 +42,7 @@ def grounding(start, end, clip="a.mp4", duration=20.0, **more):
     ("The answer is A. No, the answer is C", "C"), ("Not (A) or (B): the answer is (C)", "C"),
     ("<think>it may be red (A)</think>\nblue (B)", "B"), ("It is blue.", "B"), ("The shape is  BLUE", "B"),
     ("a red star", "D"),                          # "red" inside "red star" is no second choice
-    ("red (B)", "A"), ("mauve (B)", "B"),         # house format: the word counts if it is an option
-    ("(B) red", None), ("B. red", None), ("the answer is B, red", None),      # elsewhere they must agree
+    ("mauve (B)", "B"), ("(B) red", None), ("red (B)", None), ("B. red", None), ("the answer is B, red", None),
     ("red or blue", None), ("red (A) blue (B)", None), ("(A) red (B)", None), ("blueish", None),
     ("E", None), ("blue (E)", "B"), ("I do not know", None), ("", None), (None, None), ("<think>B</think>", None),
 ])
@@ -85,12 +84,9 @@ def test_grounding_reward_cuts_both_spans_to_the_video():
     assert evaluation.grounding_reward("no idea", row) == 0
 
 
-def test_rewards_follow_the_task_and_the_format_is_its_own_score():
+def test_rewards_follow_the_task():
     assert evaluation.reward("blue (B)", mcq("B")) == 1 and evaluation.reward("blue (B)", mcq("A")) == 0
     assert evaluation.reward("From 0.0 to 5.0 seconds.", grounding(0.0, 10.0)) == pytest.approx(0.5)
-    assert [evaluation.format_reward(t, mcq("B")) for t in ("blue (B)", "red (A)", "red (B)", "B")] == [1, 1, 0, 0]
-    spans = ("From 1.0 to 2.0 seconds.", "From 2.0 to 1.0 seconds.", "1.0 to 2.0", "From 1.0 to 2.0 seconds. Or not.")
-    assert [evaluation.format_reward(t, grounding(1.0, 2.0)) for t in spans] == [1, 0, 0, 0]
 
 
 def test_recall_counts_equality():

@@ -77,6 +77,10 @@ TOOLS = {"view": ("start", "end", "fps"), "asr": ("start", "end"), "web_search":
          "verify": ("claim", "evidence"), "answer": ("text", "evidence")}
 
 
+ERRORS = ["error: start must be before end", "error: start and end must be finite numbers",
+          "error: the video ends at 90 seconds", "error: the call is not JSON: Expecting value: line 2 column 1"]
+
+
 def tell(kind, **fields):
     return TEXT[kind].format(**{k: f"{v:.1f}" if isinstance(v, float) else v for k, v in fields.items()})
 
@@ -266,8 +270,9 @@ class Asker:
         return {"type": "video", "video": self.clip.path, **how}
 
     def question(self, kind, t, a=None, b=None):
-        """-> text with the options, reply, {answer, options}. Wrong options are things of the clip, and of
-        the world only where the clip has too few."""
+        """-> text with the options, reply, {answer, options}. The reply is the option's text: 2 M parameters do not
+        learn which letter stands before it, and what cannot be learned is noise. Wrong options are of the clip, and
+        of the world only where the clip has too few."""
         rng, clip, fill, shape = self.rng, self.clip, (), None
         here = clip.scene(t)
         # index // 4: kinds go round as well, and in step with them a kind would keep to some of the letters
@@ -299,7 +304,7 @@ class Asker:
         options.insert(place, right)
         # options first: what is asked then stands right before the answer, where a small model looks for it
         text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=b, shape=shape)
-        return text, f"{right} ({'ABCD'[place]})", {"answer": "ABCD"[place], "options": options}
+        return text, right, {"answer": "ABCD"[place], "options": options}
 
     def mcq(self, kinds):
         for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
@@ -368,7 +373,7 @@ class Asker:
         """Questions without options, answered by the word: nothing can be guessed, so looking is learned sooner."""
         for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
             text, reply, _ = self.question(kind, t)
-            yield make("caption", "open", self.video(), text.rpartition("\n")[2], reply.partition(" (")[0])
+            yield make("caption", "open", self.video(), text.rpartition("\n")[2], reply)
 
     def agent(self, kinds, exam=False):
         """Agent questions. For training: the oracle's rollout of each and, beside it, the question asked
@@ -395,8 +400,8 @@ class Asker:
                 yield make("mcr", kind, coarse, text, reply, frames=DIRECT, facts="facts/test", **more)
                 continue
             row = make("mcr", kind, coarse, text, reply, facts="facts/train", **more)
-            row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0],
-                               *self.oracle(kind, t, a, b, reply, found)]
+            turns = self.setback(self.oracle(kind, t, a, b, reply, found))
+            row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0], *turns]
             yield row
             yield make("mcq", kind, self.video(max_frames=DIRECT, pairs=True), text, reply, **more)
 
@@ -413,9 +418,9 @@ class Asker:
             seen = [self.video(start=a, end=b, fps=2), {"type": "text", "text": tell("view", a=a, b=b)}]
             return [call(think, "view", **times), {"role": "tool", "content": seen}], [a, b]
 
-        if kind == "brief":
-            turns, saw = look(tell("think_brief", a=a, b=b), a, b)[0], tell("saw_brief", flash=word, t=t)
-            found = [t, b]
+        if kind == "brief":  # the whole window, then the moment: its times are said there, to be cited
+            (window, _), (moment, found) = look(tell("think_brief", a=a, b=b), a, b), look(tell("think_seen", t=t), t)
+            turns, saw = window + moment, tell("saw_brief", flash=word, t=t)
         elif kind == "speech":
             heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
             turns = [call(tell("think_speech", t=t), "asr", start=t), {"role": "tool", "content": heard}]
@@ -430,6 +435,15 @@ class Asker:
             turns, found = look(tell("think_seen", t=t), t)
             saw = tell("saw_seen", scene=tell("scene", **asdict(scene)))
         return [*turns, call(saw, "answer", text=reply, evidence=[found])]
+
+
+    def setback(self, turns):
+        """Two rollouts in five meet what the environment may answer: an error, after which the call is made again, or a
+        verification that contradicts, after which the evidence is looked at again."""
+        case, (a, b) = self.rng.integers(5), json.loads(turns[-1]["content"].split("\n")[2])["arguments"]["evidence"][0]
+        error = {"role": "tool", "content": pick(self.rng, ERRORS)}
+        doubt = {"role": "tool", "content": f"contradict: second look at {a} to {b} seconds (0.41). Look again."}
+        return {0: [turns[0], error, *turns], 1: [*turns, doubt, *turns]}.get(int(case), turns)
 
 
 def text_row(rng):
@@ -504,8 +518,8 @@ def rows_of(split, ask, i):
         return [ask.dense(1, 4, 3, 1, 1)]
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
-    if split in ("rl", "rl_long"):
-        return [[*ask.mcq(kinds(MCQ, 4)), *ask.grounding(12 if split == "rl_long" else 4)]]
+    if split in ("rl", "rl_long"):  # where the model guesses (order, count), a reward is luck, and noise to learn from
+        return [[*ask.mcq(kinds(SEEN, 8)), *ask.grounding(10 if split == "rl_long" else 4)]]
     if split == "test":
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
