@@ -72,15 +72,15 @@ TIME = r"(?<![\d.:])(\d{1,6}(?::\d{1,2}){0,2}(?:\.\d+)?)(?![\d:])"              
 RANGE = re.compile(rf"{TIME}\s*(?:s|secs?|seconds?)?\s*(?:to|until|[-–—~])\s*{TIME}", re.I)
 
 
-def parse_span(text):
-    """(start, end) in seconds: the first range, else the only two times in the text. A reversed span is turned."""
+def parse_span(text, turn=True):
+    """(start, end) in seconds: the first range, else the only two times in the text. `turn`: a reversed span too."""
     text = final_text(text)
     first = RANGE.search(text)
     times = first.groups() if first else re.findall(TIME, text)
     if len(times) != 2:
         return None
     seconds = [sum(float(part) * 60 ** i for i, part in enumerate(reversed(t.split(":")))) for t in times]
-    return min(seconds), max(seconds)
+    return tuple(sorted(seconds) if turn else seconds)
 
 
 def iou(a, b):
@@ -93,15 +93,16 @@ def mcq_reward(text, row):
     return float(parse_letter(text, row["options"]) == row["answer"])
 
 
-def grounding_reward(text, row):
+def grounding_reward(text, row, turn=True):
     """IoU. A row may carry its video's `duration`: both spans are cut to it, as some sets annotate past the end."""
-    end, span = row.get("duration", math.inf), parse_span(text)
+    end, span = row.get("duration", math.inf), parse_span(text, turn)
     return iou(*[(min(s[0], end), min(s[1], end)) for s in (span, row["answer"])]) if span else 0.0
 
 
 def reward(text, row):
-    """The rule-based reward of one sampled answer (§3.3)."""
-    return grounding_reward(text, row) if row["task"] == "grounding" else mcq_reward(text, row)
+    """The rule-based reward of one sampled answer (§3.3). Nothing for a reversed span, which the scores turn, as the
+    official ones do: it is wide, so it would often earn a little."""
+    return grounding_reward(text, row, turn=False) if row["task"] == "grounding" else mcq_reward(text, row)
 
 
 # ------------------------------------------------------------------------------- many answers: means and intervals

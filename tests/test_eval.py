@@ -87,6 +87,9 @@ def test_grounding_reward_cuts_both_spans_to_the_video():
 def test_rewards_follow_the_task():
     assert evaluation.reward("blue (B)", mcq("B")) == 1 and evaluation.reward("blue (B)", mcq("A")) == 0
     assert evaluation.reward("From 0.0 to 5.0 seconds.", grounding(0.0, 10.0)) == pytest.approx(0.5)
+    reversed_span = "From 9.0 to 4.0 seconds."
+    assert evaluation.grounding_reward(reversed_span, grounding(4.0, 9.0)) == 1               # the score turns it
+    assert evaluation.reward(reversed_span, grounding(4.0, 9.0)) == 0                         # RL must not teach it
 
 
 def test_recall_counts_equality():
