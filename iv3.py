@@ -9,6 +9,7 @@ decoder layer changes when the model is converted (m2la.py).
 Shapes: B batch, T tokens, D hidden, V vocabulary, F frames, n temporal patches (two frames each), h×w patches of one.
 """
 import argparse
+import importlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def need(holds, problem, error=UserError):
     """For mistakes that the program did not make: a problem that names the file, flag or field and what to do."""
     if not holds:
         raise error(problem)
+
+
+def optional(module):
+    """Import a module of a package that only Hugging Face checkpoints need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"a Hugging Face checkpoint needs {module.split('.')[0]}, which is not installed: "
+                        "pip install safetensors tokenizers") from e
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from e
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -97,16 +114,62 @@ class Config:
 
     @classmethod
     def load(cls, path):
-        try:
-            values = json.loads(Path(path).read_text())
-        except ValueError as e:
-            raise UserError(f"{path}: not JSON ({e})") from e
+        """A config.json of ours or of Hugging Face."""
+        values = read_json(path)
+        if "text_config" in values:
+            return cls.from_hf(Path(path).parent)
         known = {f.name for f in fields(cls)}
         for name in values:
             need(name in known, f"{path}: unknown field {name!r}")
         return cls(**values)
 
+    @classmethod
+    def from_hf(cls, directory):
+        """Of a Hugging Face checkpoint of Qwen3-VL, from transformers 4.57 or later. UserError names what its
+        config.json lacks or what this model does not do (another RoPE, say)."""
+        path, values = Path(directory) / "config.json", {"min_volume": 4096, "min_pixels": 65_536}
+        config = read_json(path)
+        for part, names in HF_NAMES.items():
+            have = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config.get(part, {})}
+            have |= have.get("rope_scaling") or have.get("rope_parameters") or {}        # transformers 4 | 5
+            for key, value in HF_FIXED[part].items():
+                need(have.get(key, value) == value, f"{path}: {part}.{key} is {have.get(key)!r}: must be {value!r}")
+            for ours, theirs in names.items():
+                need(theirs in have, f"{path}: {part}.{theirs} is missing")
+                values[ours] = have[theirs]
+        values["pos_side"] = math.isqrt(values["pos_side"])
+        for kind, file in (("pixels", "preprocessor_config.json"), ("volume", "video_preprocessor_config.json")):
+            if (path.parent / file).is_file() and (size := read_json(path.parent / file).get("size")):
+                values |= {f"min_{kind}": size["shortest_edge"], f"max_{kind}": size["longest_edge"]}
+        return cls(**values)
 
+    def to_hf(self, tokenizer):
+        """What a Hugging Face config.json says of this model."""
+        parts = {part: {theirs: getattr(self, ours) for ours, theirs in names.items()} | HF_FIXED[part]
+                 for part, names in HF_NAMES.items()}
+        text, vision = parts.values()
+        text["rope_scaling"] = {k: text.pop(k) for k in ("rope_type", "mrope_interleaved", "mrope_section")}
+        text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262_144}
+        vision |= {"model_type": "qwen3_vl", "num_position_embeddings": self.pos_side ** 2,
+                   "out_hidden_size": self.hidden}
+        ids = {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (
+            ("image", "image_pad"), ("video", "video_pad"), ("vision_start",) * 2, ("vision_end",) * 2)}
+        return {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", **parts, **ids,
+                "tie_word_embeddings": self.tied}
+
+
+# Our fields in Hugging Face's config.json, and what it may not say otherwise.
+HF_NAMES = {
+    "text_config": dict(
+        vocab="vocab_size", hidden="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+        kv_heads="num_key_value_heads", head_dim="head_dim", mlp="intermediate_size", theta="rope_theta",
+        mrope_sections="mrope_section", eps="rms_norm_eps", tied="tie_word_embeddings"),
+    "vision_config": dict(
+        vision_hidden="hidden_size", vision_layers="depth", vision_heads="num_heads", vision_mlp="intermediate_size",
+        patch="patch_size", merge="spatial_merge_size", pos_side="num_position_embeddings",
+        deepstack="deepstack_visual_indexes")}
+HF_FIXED = {"text_config": {"hidden_act": "silu", "rope_type": "default", "mrope_interleaved": True},
+            "vision_config": {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "temporal_patch_size": 2}}
 _QWEN = dict(vocab=151_936, head_dim=128, kv_heads=8, theta=5e6, mrope_sections=(24, 20, 20), patch=16, pos_side=48,
              min_volume=4096, min_pixels=65_536)
 _VIT_L = dict(vision_hidden=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, deepstack=(5, 11, 17))
@@ -422,7 +485,7 @@ def target_size(n, height, width, factor, min_volume, max_volume):
     """Qwen3-VL's size rule for n frames: sides are multiples of `factor`, n·h·w stays within the limits."""
     need(max(height, width) <= 200 * min(height, width), f"aspect ratio of {width}×{height} is above 200", MediaError)
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
-    frames = math.ceil(n / 2) * 2
+    frames = max(2, round(n / 2) * 2)
     if frames * h * w > max_volume:
         beta = math.sqrt(n * height * width / max_volume)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
@@ -435,11 +498,11 @@ def target_size(n, height, width, factor, min_volume, max_volume):
 def patchify(frames, cfg, image=False):
     """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n.
     An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
+    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
+    size = target_size(2 if image else len(frames), *frames.shape[1:3], cfg.patch * cfg.merge, *limits)
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
-    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
-    size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, *limits)
     if size != tuple(x.shape[2:]):
         x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
     x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge,
@@ -486,9 +549,40 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory):
+        """The tokenizer of a checkpoint: ours, or an HFTokenizer where there is a tokenizer.json."""
         path = Path(directory) / "vocab.json"
+        if (path.parent / "tokenizer.json").is_file():                       # its vocab.json is another thing
+            return HFTokenizer(path.parent / "tokenizer.json")
         need(path.is_file(), f"{path}: no tokenizer in this directory")
         return cls(json.loads(path.read_text()))
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers."""
+
+    def __init__(self, path):
+        try:
+            self.inner = optional("tokenizers").Tokenizer.from_file(str(path))
+        except Exception as e:                                               # what it raises is a plain Exception
+            raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
+        self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
+        for special in SPECIALS:
+            need(self.inner.token_to_id(special) is not None, f"{path}: has no token {special}")
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def token_id(self, token):
+        return self.inner.token_to_id(token)
+
+    def encode(self, text):
+        return self.inner.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.inner.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory):
+        self.inner.save(str(Path(directory) / "tokenizer.json"))
 
 
 @dataclass
@@ -757,21 +851,76 @@ def build_model(cfg, tokenizer):
 
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """→ (model, processor) of a checkpoint directory."""
-    config, weights = Path(directory) / "config.json", Path(directory) / "weights.pt"
+    """→ (model, processor) of a checkpoint directory, ours or Hugging Face's. The weights replace those of an empty
+    model file by file, so that no more than one file is in memory beside the model."""
+    config = Path(directory) / "config.json"
     need(config.is_file(), f"{directory}: no model here (config.json is missing)")
     cfg, tokenizer = Config.load(config), Tokenizer.load(directory)
-    model = build_model(cfg, tokenizer)
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{weights}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        have, want = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))
-        need(have == want, f"{weights}: tensor {name} is {have}, the config needs {want}")
-    model.load_state_dict(state)
-    return model.to(device=device, dtype=dtype).eval(), Processor(tokenizer, cfg)
+    with torch.device("meta"):                                               # shapes without memory
+        model = build_model(cfg, tokenizer)
+    lacking = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for path, state in read_weights(Path(directory)):
+        for name, tensor in state.items():
+            have, want = tuple(tensor.shape), lacking.pop(name, "absent")
+            need(have == want, f"{path}: tensor {name} is {have}, the config needs {want}")
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        model.load_state_dict(state, strict=False, assign=True)
+    for name, want in lacking.items():
+        raise UserError(f"{path.parent}: tensor {name} is absent, the config needs {want}")
+    return model.eval(), Processor(tokenizer, cfg)
+
+
+def read_weights(directory):
+    """Yield (file, {name: tensor}): of our weights.pt, or of each safetensors file of a Hugging Face checkpoint. Its
+    names are ours behind "model."; it embeds patches with a Conv3d, which without overlap is our Linear."""
+    path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not path.is_file() and not index.is_file():
+        path = directory / "weights.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise UserError(f"{path}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
+        yield path, state
+        return
+    safetensors = optional("safetensors")
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [path.name]:
+        path = directory / file
+        try:
+            with safetensors.safe_open(path, "pt") as tensors:
+                state = {name.removeprefix("model."): tensors.get_tensor(name) for name in tensors.keys()}
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f"{path}: cannot be read ({e})") from e
+        yield path, {k: v.flatten(1) if k == PATCH_EMBED else v for k, v in state.items()}
+
+
+PATCH_EMBED = "visual.patch_embed.proj.weight"                     # Hugging Face: (D, 3, 2, p, p), ours (D, 3·2·p·p)
+
+
+def save_hf(directory, model, tokenizer, shard=5_000_000_000):
+    """Write a Hugging Face checkpoint as transformers reads it: config.json, tokenizer.json, safetensors in files of
+    at most `shard` bytes. Chat template and preprocessor settings are files to copy from the original."""
+    directory, cfg = Path(directory), model.cfg
+    need(cfg.attn == "gqa", f"{directory}: Qwen3-VL's layout holds GQA attention, the model has {cfg.attn}")
+    need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")
+    save_file = optional("safetensors.torch").save_file
+    directory.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and size + tensor.nbytes > shard:
+            shards, size = [*shards, {}], 0
+        tensor = tensor.view(-1, 3, 2, cfg.patch, cfg.patch) if name == PATCH_EMBED else tensor
+        shards[-1][name if name.startswith("lm_head") else f"model.{name}"] = tensor
+        size += tensor.nbytes
+    index = {"metadata": {"total_size": sum(t.nbytes for t in model.state_dict().values())}, "weight_map": {}}
+    for i, state in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        index["weight_map"] |= dict.fromkeys(state, file)
+        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        write_atomic(directory / file, partial(save_file, state, metadata={"format": "pt"}))
+    config = cfg.to_hf(tokenizer) | {"dtype": str(tensor.dtype).removeprefix("torch.")}
+    for file, content in (("model.safetensors.index.json", index), ("config.json", config)):
+        (directory / file).write_text(json.dumps(content, indent=1))
+    tokenizer.save(directory)
 
 
 def find_model(argument=None):
