@@ -5,6 +5,7 @@ JSONL schema → generation → checkpoints. The architecture is Qwen3-VL's, wei
 decoder layer changes when the model is converted (m2la.py).
 
     python iv3.py runs/tiny/data/clips/test/long_0000.mp4 "What colour is the shape at 12 seconds?"
+    python iv3.py --estimate qwen3-vl-8b --memory 141
 
 Shapes: B batch, T tokens, D hidden, V vocabulary, F frames, n temporal patches (two frames each), h×w patches of one.
 """
@@ -19,8 +20,8 @@ import sys
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -566,14 +567,9 @@ class HFTokenizer:
         except Exception as e:                                               # what it raises is a plain Exception
             raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
         self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
+        self.token_id = self.inner.token_to_id
         for special in SPECIALS:
-            need(self.inner.token_to_id(special) is not None, f"{path}: has no token {special}")
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def token_id(self, token):
-        return self.inner.token_to_id(token)
+            need(self.token_id(special) is not None, f"{path}: has no token {special}")
 
     def encode(self, text):
         return self.inner.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
@@ -870,9 +866,12 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     return model.eval(), Processor(tokenizer, cfg)
 
 
+PATCH_EMBED = "visual.patch_embed.proj.weight"   # Hugging Face: Conv3d (D, 3, 2, p, p); ours: Linear (D, 3·2·p·p)
+
+
 def read_weights(directory):
-    """Yield (file, {name: tensor}): of our weights.pt, or of each safetensors file of a Hugging Face checkpoint. Its
-    names are ours behind "model."; it embeds patches with a Conv3d, which without overlap is our Linear."""
+    """Yield (file, {name: tensor}): of our weights.pt, or of each safetensors file of a Hugging Face checkpoint, whose
+    names are ours behind "model."."""
     path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not path.is_file() and not index.is_file():
         path = directory / "weights.pt"
@@ -883,44 +882,31 @@ def read_weights(directory):
         yield path, state
         return
     safetensors = optional("safetensors")
-    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [path.name]:
-        path = directory / file
+    for name in [path.name] if path.is_file() else sorted(set(read_json(index)["weight_map"].values())):
+        path = directory / name
         try:
-            with safetensors.safe_open(path, "pt") as tensors:
-                state = {name.removeprefix("model."): tensors.get_tensor(name) for name in tensors.keys()}
+            with safetensors.safe_open(path, "pt") as file:
+                state = {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
         except (OSError, safetensors.SafetensorError) as e:
             raise UserError(f"{path}: cannot be read ({e})") from e
         yield path, {k: v.flatten(1) if k == PATCH_EMBED else v for k, v in state.items()}
 
 
-PATCH_EMBED = "visual.patch_embed.proj.weight"                     # Hugging Face: (D, 3, 2, p, p), ours (D, 3·2·p·p)
-
-
-def save_hf(directory, model, tokenizer, shard=5_000_000_000):
-    """Write a Hugging Face checkpoint as transformers reads it: config.json, tokenizer.json, safetensors in files of
-    at most `shard` bytes. Chat template and preprocessor settings are files to copy from the original."""
+def save_hf(directory, model, tokenizer):
+    """Write a Hugging Face checkpoint as transformers reads it: model.safetensors, tokenizer.json, config.json. The
+    chat template and the preprocessors' settings are files to copy from the original."""
     directory, cfg = Path(directory), model.cfg
     need(cfg.attn == "gqa", f"{directory}: Qwen3-VL's layout holds GQA attention, the model has {cfg.attn}")
     need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")
     save_file = optional("safetensors.torch").save_file
     directory.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in model.state_dict().items():
-        if shards[-1] and size + tensor.nbytes > shard:
-            shards, size = [*shards, {}], 0
-        tensor = tensor.view(-1, 3, 2, cfg.patch, cfg.patch) if name == PATCH_EMBED else tensor
-        shards[-1][name if name.startswith("lm_head") else f"model.{name}"] = tensor
-        size += tensor.nbytes
-    index = {"metadata": {"total_size": sum(t.nbytes for t in model.state_dict().values())}, "weight_map": {}}
-    for i, state in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        index["weight_map"] |= dict.fromkeys(state, file)
-        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-        write_atomic(directory / file, partial(save_file, state, metadata={"format": "pt"}))
-    config = cfg.to_hf(tokenizer) | {"dtype": str(tensor.dtype).removeprefix("torch.")}
-    for file, content in (("model.safetensors.index.json", index), ("config.json", config)):
-        (directory / file).write_text(json.dumps(content, indent=1))
+    state = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    embed = state[PATCH_EMBED] = state[PATCH_EMBED].view(-1, 3, 2, cfg.patch, cfg.patch)
+    state = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in state.items()}
+    write_atomic(directory / "model.safetensors", lambda p: save_file(state, p, {"format": "pt"}))
     tokenizer.save(directory)
+    config = cfg.to_hf(tokenizer) | {"dtype": str(embed.dtype).removeprefix("torch.")}
+    write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
 
 
 def find_model(argument=None):
@@ -931,6 +917,29 @@ def find_model(argument=None):
             if (directory / "config.json").is_file():
                 return directory
     raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
+
+
+def estimate(name, memory):
+    """Yield lines: a preset or a model's directory in bf16, with GQA and with M²LA (its own, or as published: rows half
+    as wide as GQA's). Parameters, cache bytes of a token, and the tokens whose cache fits beside the weights into
+    `memory` GB (10⁹ bytes). Built on the meta device, which has shapes and no memory."""
+    path = Path(name) / "config.json"
+    need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
+    cfg = Config.preset(name) if name in PRESETS else Config.load(path)
+    half = cfg.kv_heads * cfg.head_dim
+    P = min(cfg.head_dim, half // 2)
+    published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P, half - P),) * cfg.layers)
+    yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
+    yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
+    for kind in (replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg):
+        with torch.device("meta"):
+            model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
+        weights = sum(p.nbytes for p in model.parameters())
+        none, text, vision = (sum(rows.nbytes for layer in model.new_cache(1, *capacity).rows for rows in layer)
+                              for capacity in ((0, 0), (1, 0), (0, 1)))
+        token = max(text, vision) - none                                     # of the wider segment
+        context = max(0, int((memory * 1e9 - weights) // token))
+        yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
 
 def run_cli(main):
@@ -948,16 +957,24 @@ def run_cli(main):
 def main():
     parser = argparse.ArgumentParser(description="Ask the model about a video.")
     add = parser.add_argument
-    add("video")
-    add("question")
+    add("video", nargs="?")
+    add("question", nargs="?")
     add("--model", help="a stage's directory or a run; default: the newest run")
     add("--start", type=float, default=0.0, help="look from this second")
     add("--end", type=float, help="look up to this second")
     add("--fps", type=float, default=2.0, help="frames per second (default 2)")
     add("--max-frames", type=int, default=768, help="at most so many frames (default 768)")
     add("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
+    add("--estimate", metavar="PRESET", help="parameters, cache and largest context of a preset or a model's directory")
+    add("--memory", type=float, default=80, help="GB of memory for --estimate (default 80)")
     args = parser.parse_args()
-    need(min(args.fps, args.max_frames, args.max_new) > 0, "--fps, --max-frames and --max-new must be positive")
+    need(min(args.fps, args.max_frames, args.max_new, args.memory) > 0,
+         "--fps, --max-frames, --max-new and --memory must be positive")
+    if args.estimate:
+        print(*estimate(args.estimate, args.memory), sep="\n")
+        return
+    if args.question is None:
+        parser.error("the following arguments are required: video, question")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model(find_model(args.model), device, torch.bfloat16 if device == "cuda" else torch.float32)
     video = {"type": "video", "video": str(Path(args.video).resolve()), "start": args.start, "end": args.end,

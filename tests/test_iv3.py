@@ -3,7 +3,7 @@ import json
 import os
 import random
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import av
@@ -103,6 +103,29 @@ def test_presets_have_the_sizes_of_the_published_checkpoints(name, expected):
     with torch.device("meta"):
         model = iv3.InternVideo3(Config.preset(name), (1, 2))
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("name, expected", [
+    # 8B, M²LA: query maps 32·128·256, encoder 2048·1920 + 1920, two decoders 896·2048 + 2048 more in each of 36 layers;
+    # a token's row in bf16: 36 · 2·8·128 values of GQA, 36 · (896 + 128) of M²LA
+    ("qwen3-vl-8b", [(8_767_123_696, 147_456, (80e9 - 2 * 8_767_123_696) // 147_456),
+                     (8_767_123_696 + 36 * 8_656_768, 73_728, (80e9 - 2 * 9_078_767_344) // 73_728)]),
+    # 4 layers of 4 / 2 heads of 32: query maps 4·32·64, encoder 128·96 + 96, two decoders 32·128 + 128
+    ("tiny", [(2_039_040, 1024, (80e9 - 2 * 2_039_040) // 1024),
+              (2_039_040 + 4 * (8192 + 12_384 + 2 * 4224), 512, (80e9 - 2 * 2_155_136) // 512)])])
+def test_estimate_by_hand(name, expected):
+    rows = [line.replace(",", "").split() for line in list(iv3.estimate(name, 80))[2:]]
+    assert [row[0] for row in rows] == ["gqa", "m2la"]
+    assert [(int(row[1]), int(row[3]), int(row[4])) for row in rows] == expected
+
+
+def test_estimate_of_a_converted_model(tmp_path):
+    """Its own ranks, those of the wider modality; weights that do not fit leave no context."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(replace(LATENT, ranks=((24, 16), (16, 16), (20, 20))))))
+    lines = list(iv3.estimate(str(tmp_path), 1e-6))
+    assert lines[3].split()[0] == "m2la" and lines[3].split()[3:] == [str(2 * (24 + 16 + 20 + 3 * 16)), "0"]
+    assert lines[2].split()[3] == str(2 * 3 * 2 * 2 * 16)
 
 
 @pytest.mark.parametrize("changes, named", [
