@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
+import m2la
 from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope
 
 
@@ -85,7 +86,7 @@ class Config:
     merge: int = 2                           # merge×merge patches become one vision token
     pos_side: int = 2                        # side of the learned position table, interpolated to any grid
     deepstack: tuple = (0,)                  # vision blocks whose features are added after LM layers 0, 1, …
-    attn: str = "gqa"                        # "gqa" | "m2la"
+    attn: str = "gqa"                        # "gqa" | "m2la" | "released": M²LA in the authors' linear form
     rope_width: int = 0                      # M²LA: P, width of the shared RoPE key
     ranks: tuple = ()                        # M²LA: per layer (R_text, R_vision)
     min_volume: int = 1024                   # video size limits before encoding, frames × height × width
@@ -96,7 +97,7 @@ class Config:
     def __post_init__(self):
         for name in ("mrope_sections", "deepstack", "ranks"):            # JSON has lists; tuples compare and hash
             setattr(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
-        need(self.attn in ("gqa", "m2la"), f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
+        need(self.attn in ("gqa", "m2la", "released"), f"config attn={self.attn!r}: use 'gqa', 'm2la' or 'released'")
         need(sum(self.mrope_sections) == self.head_dim // 2,
              f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
         need(self.heads % self.kv_heads == 0,
@@ -105,7 +106,7 @@ class Config:
              f"config deepstack={self.deepstack}: at most {self.layers} numbers of vision blocks, "
              f"0 to {self.vision_layers - 1}")
         need(self.attn == "gqa" or (len(self.ranks) == self.layers and self.rope_width >= 2),
-             f"config attn='m2la': needs rope_width and {self.layers} pairs of ranks, one per layer; "
+             f"config attn={self.attn!r}: needs rope_width and {self.layers} pairs of ranks, one per layer; "
              f"has {self.rope_width} and {len(self.ranks)}")
 
     @classmethod
@@ -126,8 +127,8 @@ class Config:
 
     @classmethod
     def from_hf(cls, directory):
-        """Of a Hugging Face checkpoint of Qwen3-VL, from transformers 4.57 or later. UserError names what its
-        config.json lacks or what this model does not do (another RoPE, say)."""
+        """Of a Hugging Face checkpoint: Qwen3-VL, from transformers 4.57 or later, or InternVideo3 as released (§3.2).
+        UserError names what its config.json lacks or what this model does not do (another RoPE, say)."""
         path, values = Path(directory) / "config.json", {"min_volume": 4096, "min_pixels": 65_536}
         config = read_json(path)
         for part, names in HF_NAMES.items():
@@ -138,7 +139,12 @@ class Config:
             for ours, theirs in names.items():
                 need(theirs in have, f"{path}: {part}.{theirs} is missing")
                 values[ours] = have[theirs]
-        values["pos_side"] = math.isqrt(values["pos_side"])
+        values["pos_side"], text = math.isqrt(values["pos_side"]), config["text_config"]
+        if rank := text.get("kv_lora_rank"):
+            for key in MLA_WIDTHS:
+                need(text.get(key) == values["head_dim"],
+                     f"{path}: text_config.{key} is {text.get(key)}: must be head_dim, {values['head_dim']}")
+            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": ((rank,) * 2,) * values["layers"]}
         for kind, file in (("pixels", "preprocessor_config.json"), ("volume", "video_preprocessor_config.json")):
             if (path.parent / file).is_file() and (size := read_json(path.parent / file).get("size")):
                 values |= {f"min_{kind}": size["shortest_edge"], f"max_{kind}": size["longest_edge"]}
@@ -151,6 +157,8 @@ class Config:
         text, vision = parts.values()
         text["rope_scaling"] = {k: text.pop(k) for k in ("rope_type", "mrope_interleaved", "mrope_section")}
         text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262_144}
+        if self.attn == "released":
+            text |= {"kv_lora_rank": self.ranks[0][0], "q_lora_rank": None, **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
         vision |= {"model_type": "qwen3_vl", "num_position_embeddings": self.pos_side ** 2,
                    "out_hidden_size": self.hidden}
         ids = {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (
@@ -171,6 +179,7 @@ HF_NAMES = {
         deepstack="deepstack_visual_indexes")}
 HF_FIXED = {"text_config": {"hidden_act": "silu", "rope_type": "default", "mrope_interleaved": True},
             "vision_config": {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "temporal_patch_size": 2}}
+MLA_WIDTHS = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"            # beside kv_lora_rank, where it is released
 _QWEN = dict(vocab=151_936, head_dim=128, kv_heads=8, theta=5e6, mrope_sections=(24, 20, 20), patch=16, pos_side=48,
              min_volume=4096, min_pixels=65_536)
 _VIT_L = dict(vision_hidden=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, deepstack=(5, 11, 17))
@@ -290,7 +299,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, cfg, index):
         super().__init__()
         sizes = cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps
-        self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
+        if cfg.attn == "released":
+            self.self_attn = m2la.Released(cfg.hidden, cfg.heads, cfg.head_dim, cfg.rope_width, cfg.ranks[index][0])
+        else:
+            self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
         self.mlp = MLP(cfg)
         self.input_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
         self.post_attention_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
@@ -893,10 +905,10 @@ def read_weights(directory):
 
 
 def save_hf(directory, model, tokenizer):
-    """Write a Hugging Face checkpoint as transformers reads it: model.safetensors, tokenizer.json, config.json. The
-    chat template and the preprocessors' settings are files to copy from the original."""
+    """Write a Hugging Face checkpoint as transformers, or the authors' code, reads it: model.safetensors, config.json,
+    tokenizer.json. Chat template, preprocessor settings and the authors' code are files to copy from the original."""
     directory, cfg = Path(directory), model.cfg
-    need(cfg.attn == "gqa", f"{directory}: Qwen3-VL's layout holds GQA attention, the model has {cfg.attn}")
+    need(cfg.attn != "m2la", f"{directory}: Hugging Face's layouts have no room for this attention; fold() it first")
     need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")
     save_file = optional("safetensors.torch").save_file
     directory.mkdir(parents=True, exist_ok=True)
@@ -928,7 +940,7 @@ def estimate(name, memory):
     cfg = Config.preset(name) if name in PRESETS else Config.load(path)
     half = cfg.kv_heads * cfg.head_dim
     P = min(cfg.head_dim, half // 2)
-    published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P, half - P),) * cfg.layers)
+    published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
     yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
     yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
     for kind in (replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg):

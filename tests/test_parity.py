@@ -27,6 +27,7 @@ import torch
 from test_iv3 import noise, user, video, write_image, write_video
 
 import iv3
+import m2la
 from iv3 import Config, UserError
 
 WHY = "optional: compares with Hugging Face's Qwen3-VL (pip install transformers==4.57.3)"
@@ -320,6 +321,94 @@ def test_a_config_of_another_architecture_is_named(part, key, value, named, dire
         del config[part][key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json: {named}"):
+        Config.from_hf(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- the released InternVideo3 layout
+
+class AuthorsAttention(torch.nn.Module):
+    """The released layer (paper §3.2; the authors' SFT code) written out plainly, in the place of transformers' one."""
+
+    def __init__(self, hidden, heads, width, rank):
+        super().__init__()
+        self.heads, self.width, self.rank = heads, width, rank
+        self.q_proj = torch.nn.Linear(hidden, heads * 2 * width)
+        self.kv_a_proj_with_mqa = torch.nn.Linear(hidden, rank + width)
+        self.kv_b_proj = torch.nn.Linear(rank, heads * 2 * width, bias=False)
+        self.o_proj = torch.nn.Linear(heads * width, hidden, bias=False)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **_):
+        B, T, _ = hidden_states.shape
+        cos, sin = (x[:, None] for x in position_embeddings)                                 # (B,1,T,width)
+        q_nope, q_rope = self.q_proj(hidden_states).view(B, T, self.heads, -1).transpose(1, 2).split(self.width, -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.width], -1)
+        k_nope, v = self.kv_b_proj(latent).view(B, T, self.heads, -1).transpose(1, 2).split(self.width, -1)
+
+        def turn(x):                                                         # pairs x0,y0,x1,y1,… → halves, then rotate
+            x = torch.cat([x[..., ::2], x[..., 1::2]], -1)
+            return x * cos + torch.cat([-x[..., self.width // 2:], x[..., :self.width // 2]], -1) * sin
+        k = torch.cat([k_nope, turn(k_rope[:, None]).expand_as(k_nope)], -1)
+        score = torch.cat([q_nope, turn(q_rope)], -1) @ k.mT * (2 * self.width) ** -0.5
+        score = score.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        return self.o_proj((score.softmax(-1) @ v).transpose(1, 2).flatten(2)), None
+
+
+MLA = dict(kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+
+
+@pytest.mark.skipif(not hasattr(m2la, "Released"), reason="m2la.py does not have the released layer yet")
+@torch.no_grad()
+def test_the_released_layout(tmp_path):
+    """Logits of one forward and of prefill and decode; what we write holds the same tensors under the same names."""
+    random_checkpoint(tmp_path, tied=False)
+    theirs, _ = theirs_of(tmp_path)
+    shutil.rmtree(tmp_path)
+    for layer in theirs.model.language_model.layers:
+        layer.self_attn = AuthorsAttention(48, 4, 16, 24)
+    theirs.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["text_config"] |= MLA
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    random_checkpoint(tmp_path / "gqa", tied=False)
+    shutil.copy(tmp_path / "gqa" / "tokenizer.json", tmp_path / "hf")
+    ours, processor = iv3.load_model(tmp_path / "hf")
+    write_video(tmp_path / "square.mp4", noise(4, 64, 64, 1), fps=2)
+    sample = processor.encode([user(video("square.mp4"), "What colour?")], tmp_path)
+    pixels = {"pixel_values_videos": sample.patches / 127.5 - 1, "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    expected = theirs(input_ids=sample.ids[None], position_ids=sample.positions[:, None], use_cache=False, **pixels,
+                      **({"mm_token_type_ids": 2 * (sample.ids == ours.vision_ids[1])[None]} if V5 else {})).logits
+    inputs = (sample.ids[None], sample.positions[:, None])
+    torch.testing.assert_close(ours.logits(ours(*inputs, sample.patches, sample.grids)), expected, **CLOSE)
+    cache, start = ours.new_cache(1, 40), len(sample.ids) - 2
+    ours(inputs[0][:, :start], inputs[1][..., :start], sample.patches, sample.grids, cache=cache)
+    last = [ours(inputs[0][:, i:i + 1], inputs[1][..., i:i + 1], cache=cache) for i in (start, start + 1)]
+    torch.testing.assert_close(ours.logits(torch.cat(last, 1)), expected[:, start:], **CLOSE)
+    iv3.save_hf(tmp_path / "ours", ours, processor.tokenizer)
+    files = [safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("hf", "ours")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    limits = {name: getattr(ours.cfg, name) for name in LIMITS}
+    assert replace(Config.from_hf(tmp_path / "ours"), **limits) == ours.cfg
+
+
+def test_the_config_of_the_released_8b(directory, tmp_path):
+    """Names and shapes of paper §3.2, and a row of 896 + 128 values; a width that the layer does not have is named."""
+    class Ids:
+        token_id = staticmethod(len)
+    config = Config.preset("qwen3-vl-8b").to_hf(Ids)
+    config["text_config"] |= MLA | dict(kv_lora_rank=896, qk_nope_head_dim=128, qk_rope_head_dim=128, v_head_dim=128)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = Config.from_hf(tmp_path)
+    assert (cfg.attn, cfg.rope_width, cfg.ranks) == ("released", 128, ((896, 896),) * 36)
+    if hasattr(m2la, "Released"):
+        with torch.device("meta"):
+            state = iv3.InternVideo3(replace(cfg, layers=3, ranks=cfg.ranks[:3]), (1, 2)).state_dict()
+        prefix = "language_model.layers.2.self_attn."
+        assert {k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if prefix in k} == {
+            "q_proj.weight": (8192, 4096), "q_proj.bias": (8192,), "kv_a_proj_with_mqa.weight": (1024, 4096),
+            "kv_a_proj_with_mqa.bias": (1024,), "kv_b_proj.weight": (8192, 896), "o_proj.weight": (4096, 4096)}
+    config["text_config"]["v_head_dim"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="text_config.v_head_dim is 64: must be head_dim, 128"):
         Config.from_hf(tmp_path)
 
 
