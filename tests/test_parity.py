@@ -324,6 +324,26 @@ def test_a_config_of_another_architecture_is_named(part, key, value, named, dire
         Config.from_hf(tmp_path)
 
 
+class Ids:
+    """Stands for a tokenizer whose ids nobody looks at."""
+    token_id = staticmethod(len)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"])
+def test_full_size_layouts(name, tmp_path):
+    """The config we write, read by both: the names and shapes of transformers' model, and the preset again."""
+    cfg = Config.preset(name)
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_hf(Ids)))
+    assert Config.from_hf(tmp_path) == cfg
+    with torch.device("meta"):
+        ours = iv3.InternVideo3(cfg, (1, 2)).state_dict()
+        theirs = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(tmp_path)).state_dict()
+    if cfg.tied:
+        del theirs["lm_head.weight"]
+    shapes = {k.removeprefix("model."): v.shape if v.dim() < 5 else v.flatten(1).shape for k, v in theirs.items()}
+    assert {k: v.shape for k, v in ours.items()} == shapes
+
+
 # ------------------------------------------------------------------------------------- the released InternVideo3 layout
 
 class AuthorsAttention(torch.nn.Module):
@@ -392,8 +412,6 @@ def test_the_released_layout(tmp_path):
 
 def test_the_config_of_the_released_8b(directory, tmp_path):
     """Names and shapes of paper §3.2, and a row of 896 + 128 values; a width that the layer does not have is named."""
-    class Ids:
-        token_id = staticmethod(len)
     config = Config.preset("qwen3-vl-8b").to_hf(Ids)
     config["text_config"] |= MLA | dict(kv_lora_rank=896, qk_nope_head_dim=128, qk_rope_head_dim=128, v_head_dim=128)
     (tmp_path / "config.json").write_text(json.dumps(config))
