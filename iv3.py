@@ -5,10 +5,12 @@ JSONL schema → generation → checkpoints. The architecture is Qwen3-VL's, wei
 decoder layer changes when the model is converted (m2la.py).
 
     python iv3.py runs/tiny/data/clips/test/long_0000.mp4 "What colour is the shape at 12 seconds?"
+    python iv3.py --estimate qwen3-vl-8b --memory 141
 
 Shapes: B batch, T tokens, D hidden, V vocabulary, F frames, n temporal patches (two frames each), h×w patches of one.
 """
 import argparse
+import importlib
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import sys
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
+import m2la
 from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope
 
 
@@ -42,6 +45,22 @@ def need(holds, problem, error=UserError):
     """For mistakes that the program did not make: a problem that names the file, flag or field and what to do."""
     if not holds:
         raise error(problem)
+
+
+def optional(module):
+    """Import a module of a package that only Hugging Face checkpoints need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"a Hugging Face checkpoint needs {module.split('.')[0]}, which is not installed: "
+                        "pip install safetensors tokenizers") from e
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from e
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -67,7 +86,7 @@ class Config:
     merge: int = 2                           # merge×merge patches become one vision token
     pos_side: int = 2                        # side of the learned position table, interpolated to any grid
     deepstack: tuple = (0,)                  # vision blocks whose features are added after LM layers 0, 1, …
-    attn: str = "gqa"                        # "gqa" | "m2la"
+    attn: str = "gqa"                        # "gqa" | "m2la" | "released": M²LA in the authors' linear form
     rope_width: int = 0                      # M²LA: P, width of the shared RoPE key
     ranks: tuple = ()                        # M²LA: per layer (R_text, R_vision)
     min_volume: int = 1024                   # video size limits before encoding, frames × height × width
@@ -78,7 +97,7 @@ class Config:
     def __post_init__(self):
         for name in ("mrope_sections", "deepstack", "ranks"):            # JSON has lists; tuples compare and hash
             setattr(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
-        need(self.attn in ("gqa", "m2la"), f"config attn={self.attn!r}: use 'gqa' or 'm2la'")
+        need(self.attn in ("gqa", "m2la", "released"), f"config attn={self.attn!r}: use 'gqa', 'm2la' or 'released'")
         need(sum(self.mrope_sections) == self.head_dim // 2,
              f"config mrope_sections={self.mrope_sections}: must sum to head_dim/2 = {self.head_dim // 2}")
         need(self.heads % self.kv_heads == 0,
@@ -87,7 +106,7 @@ class Config:
              f"config deepstack={self.deepstack}: at most {self.layers} numbers of vision blocks, "
              f"0 to {self.vision_layers - 1}")
         need(self.attn == "gqa" or (len(self.ranks) == self.layers and self.rope_width >= 2),
-             f"config attn='m2la': needs rope_width and {self.layers} pairs of ranks, one per layer; "
+             f"config attn={self.attn!r}: needs rope_width and {self.layers} pairs of ranks, one per layer; "
              f"has {self.rope_width} and {len(self.ranks)}")
 
     @classmethod
@@ -97,16 +116,70 @@ class Config:
 
     @classmethod
     def load(cls, path):
-        try:
-            values = json.loads(Path(path).read_text())
-        except ValueError as e:
-            raise UserError(f"{path}: not JSON ({e})") from e
+        """A config.json of ours or of Hugging Face."""
+        values = read_json(path)
+        if "text_config" in values:
+            return cls.from_hf(Path(path).parent)
         known = {f.name for f in fields(cls)}
         for name in values:
             need(name in known, f"{path}: unknown field {name!r}")
         return cls(**values)
 
+    @classmethod
+    def from_hf(cls, directory):
+        """Of a Hugging Face checkpoint: Qwen3-VL, from transformers 4.57 or later, or InternVideo3 as released (§3.2).
+        UserError names what its config.json lacks or what this model does not do (another RoPE, say)."""
+        path, values = Path(directory) / "config.json", {"min_volume": 4096, "min_pixels": 65_536}
+        config = read_json(path)
+        for part, names in HF_NAMES.items():
+            have = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config.get(part, {})}
+            have |= have.get("rope_scaling") or have.get("rope_parameters") or {}        # transformers 4 | 5
+            for key, value in HF_FIXED[part].items():
+                need(have.get(key, value) == value, f"{path}: {part}.{key} is {have.get(key)!r}: must be {value!r}")
+            for ours, theirs in names.items():
+                need(theirs in have, f"{path}: {part}.{theirs} is missing")
+                values[ours] = have[theirs]
+        values["pos_side"], text = math.isqrt(values["pos_side"]), config["text_config"]
+        if rank := text.get("kv_lora_rank"):
+            for key in MLA_WIDTHS:
+                need(text.get(key) == values["head_dim"],
+                     f"{path}: text_config.{key} is {text.get(key)}: must be head_dim, {values['head_dim']}")
+            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": ((rank,) * 2,) * values["layers"]}
+        for kind, file in (("pixels", "preprocessor_config.json"), ("volume", "video_preprocessor_config.json")):
+            if (path.parent / file).is_file() and (size := read_json(path.parent / file).get("size")):
+                values |= {f"min_{kind}": size["shortest_edge"], f"max_{kind}": size["longest_edge"]}
+        return cls(**values)
 
+    def to_hf(self, tokenizer):
+        """What a Hugging Face config.json says of this model."""
+        parts = {part: {theirs: getattr(self, ours) for ours, theirs in names.items()} | HF_FIXED[part]
+                 for part, names in HF_NAMES.items()}
+        text, vision = parts.values()
+        text["rope_scaling"] = {k: text.pop(k) for k in ("rope_type", "mrope_interleaved", "mrope_section")}
+        text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262_144}
+        if self.attn == "released":
+            text |= {"kv_lora_rank": self.ranks[0][0], "q_lora_rank": None, **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
+        vision |= {"model_type": "qwen3_vl", "num_position_embeddings": self.pos_side ** 2,
+                   "out_hidden_size": self.hidden}
+        ids = {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (
+            ("image", "image_pad"), ("video", "video_pad"), ("vision_start",) * 2, ("vision_end",) * 2)}
+        return {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", **parts, **ids,
+                "tie_word_embeddings": self.tied}
+
+
+# Our fields in Hugging Face's config.json, and what it may not say otherwise.
+HF_NAMES = {
+    "text_config": dict(
+        vocab="vocab_size", hidden="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+        kv_heads="num_key_value_heads", head_dim="head_dim", mlp="intermediate_size", theta="rope_theta",
+        mrope_sections="mrope_section", eps="rms_norm_eps", tied="tie_word_embeddings"),
+    "vision_config": dict(
+        vision_hidden="hidden_size", vision_layers="depth", vision_heads="num_heads", vision_mlp="intermediate_size",
+        patch="patch_size", merge="spatial_merge_size", pos_side="num_position_embeddings",
+        deepstack="deepstack_visual_indexes")}
+HF_FIXED = {"text_config": {"hidden_act": "silu", "rope_type": "default", "mrope_interleaved": True},
+            "vision_config": {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "temporal_patch_size": 2}}
+MLA_WIDTHS = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"            # beside kv_lora_rank, where it is released
 _QWEN = dict(vocab=151_936, head_dim=128, kv_heads=8, theta=5e6, mrope_sections=(24, 20, 20), patch=16, pos_side=48,
              min_volume=4096, min_pixels=65_536)
 _VIT_L = dict(vision_hidden=1024, vision_layers=24, vision_heads=16, vision_mlp=4096, deepstack=(5, 11, 17))
@@ -226,7 +299,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, cfg, index):
         super().__init__()
         sizes = cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps
-        self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
+        if cfg.attn == "released":
+            self.self_attn = m2la.Released(cfg.hidden, cfg.heads, cfg.head_dim, cfg.rope_width, cfg.ranks[index][0])
+        else:
+            self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
         self.mlp = MLP(cfg)
         self.input_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
         self.post_attention_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
@@ -422,7 +498,7 @@ def target_size(n, height, width, factor, min_volume, max_volume):
     """Qwen3-VL's size rule for n frames: sides are multiples of `factor`, n·h·w stays within the limits."""
     need(max(height, width) <= 200 * min(height, width), f"aspect ratio of {width}×{height} is above 200", MediaError)
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
-    frames = math.ceil(n / 2) * 2
+    frames = max(2, round(n / 2) * 2)
     if frames * h * w > max_volume:
         beta = math.sqrt(n * height * width / max_volume)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
@@ -435,11 +511,11 @@ def target_size(n, height, width, factor, min_volume, max_volume):
 def patchify(frames, cfg, image=False):
     """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n.
     An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
+    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
+    size = target_size(2 if image else len(frames), *frames.shape[1:3], cfg.patch * cfg.merge, *limits)
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
-    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
-    size = target_size(*x.shape[:1], *x.shape[2:], cfg.patch * cfg.merge, *limits)
     if size != tuple(x.shape[2:]):
         x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
     x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge,
@@ -486,9 +562,35 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory):
+        """The tokenizer of a checkpoint: ours, or an HFTokenizer where there is a tokenizer.json."""
         path = Path(directory) / "vocab.json"
+        if (path.parent / "tokenizer.json").is_file():                       # its vocab.json is another thing
+            return HFTokenizer(path.parent / "tokenizer.json")
         need(path.is_file(), f"{path}: no tokenizer in this directory")
         return cls(json.loads(path.read_text()))
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers."""
+
+    def __init__(self, path):
+        try:
+            self.inner = optional("tokenizers").Tokenizer.from_file(str(path))
+        except Exception as e:                                               # what it raises is a plain Exception
+            raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
+        self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
+        self.token_id = self.inner.token_to_id
+        for special in SPECIALS:
+            need(self.token_id(special) is not None, f"{path}: has no token {special}")
+
+    def encode(self, text):
+        return self.inner.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.inner.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory):
+        self.inner.save(str(Path(directory) / "tokenizer.json"))
 
 
 @dataclass
@@ -757,21 +859,66 @@ def build_model(cfg, tokenizer):
 
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """→ (model, processor) of a checkpoint directory."""
-    config, weights = Path(directory) / "config.json", Path(directory) / "weights.pt"
+    """→ (model, processor) of a checkpoint directory, ours or Hugging Face's. The weights replace those of an empty
+    model file by file, so that no more than one file is in memory beside the model."""
+    config = Path(directory) / "config.json"
     need(config.is_file(), f"{directory}: no model here (config.json is missing)")
     cfg, tokenizer = Config.load(config), Tokenizer.load(directory)
-    model = build_model(cfg, tokenizer)
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{weights}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        have, want = (tuple(s[name].shape) if name in s else "absent" for s in (state, own))
-        need(have == want, f"{weights}: tensor {name} is {have}, the config needs {want}")
-    model.load_state_dict(state)
-    return model.to(device=device, dtype=dtype).eval(), Processor(tokenizer, cfg)
+    with torch.device("meta"):                                               # shapes without memory
+        model = build_model(cfg, tokenizer)
+    lacking = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for path, state in read_weights(Path(directory)):
+        for name, tensor in state.items():
+            have, want = tuple(tensor.shape), lacking.pop(name, "absent")
+            need(have == want, f"{path}: tensor {name} is {have}, the config needs {want}")
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        model.load_state_dict(state, strict=False, assign=True)
+    for name, want in lacking.items():
+        raise UserError(f"{path.parent}: tensor {name} is absent, the config needs {want}")
+    return model.eval(), Processor(tokenizer, cfg)
+
+
+PATCH_EMBED = "visual.patch_embed.proj.weight"   # Hugging Face: Conv3d (D, 3, 2, p, p); ours: Linear (D, 3·2·p·p)
+
+
+def read_weights(directory):
+    """Yield (file, {name: tensor}): of our weights.pt, or of each safetensors file of a Hugging Face checkpoint, whose
+    names are ours behind "model."."""
+    path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not path.is_file() and not index.is_file():
+        path = directory / "weights.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise UserError(f"{path}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
+        yield path, state
+        return
+    safetensors = optional("safetensors")
+    for name in [path.name] if path.is_file() else sorted(set(read_json(index)["weight_map"].values())):
+        path = directory / name
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                state = {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f"{path}: cannot be read ({e})") from e
+        yield path, {k: v.flatten(1) if k == PATCH_EMBED else v for k, v in state.items()}
+
+
+def save_hf(directory, model, tokenizer):
+    """Write a Hugging Face checkpoint as transformers, or the authors' code, reads it: model.safetensors, config.json,
+    tokenizer.json. Chat template, preprocessor settings and the authors' code are files to copy from the original."""
+    directory, cfg = Path(directory), model.cfg
+    need(cfg.attn != "m2la", f"{directory}: Hugging Face's layouts have no room for this attention; fold() it first")
+    need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")
+    save_file = optional("safetensors.torch").save_file
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    embed = state[PATCH_EMBED] = state[PATCH_EMBED].view(-1, 3, 2, cfg.patch, cfg.patch)
+    state = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in state.items()}
+    write_atomic(directory / "model.safetensors", lambda p: save_file(state, p, {"format": "pt"}))
+    tokenizer.save(directory)
+    config = cfg.to_hf(tokenizer) | {"dtype": str(embed.dtype).removeprefix("torch.")}
+    write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
 
 
 def find_model(argument=None):
@@ -782,6 +929,29 @@ def find_model(argument=None):
             if (directory / "config.json").is_file():
                 return directory
     raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
+
+
+def estimate(name, memory):
+    """Yield lines: a preset or a model's directory in bf16, with GQA and with M²LA (its own, or as published: rows half
+    as wide as GQA's). Parameters, cache bytes of a token, and the tokens whose cache fits beside the weights into
+    `memory` GB (10⁹ bytes). Built on the meta device, which has shapes and no memory."""
+    path = Path(name) / "config.json"
+    need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
+    cfg = Config.preset(name) if name in PRESETS else Config.load(path)
+    half = cfg.kv_heads * cfg.head_dim
+    P = min(cfg.head_dim, half // 2)
+    published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
+    yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
+    yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
+    for kind in (replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg):
+        with torch.device("meta"):
+            model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
+        weights = sum(p.nbytes for p in model.parameters())
+        none, text, vision = (sum(rows.nbytes for layer in model.new_cache(1, *capacity).rows for rows in layer)
+                              for capacity in ((0, 0), (1, 0), (0, 1)))
+        token = max(text, vision) - none                                     # of the wider segment
+        context = max(0, int((memory * 1e9 - weights) // token))
+        yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
 
 def run_cli(main):
@@ -799,16 +969,24 @@ def run_cli(main):
 def main():
     parser = argparse.ArgumentParser(description="Ask the model about a video.")
     add = parser.add_argument
-    add("video")
-    add("question")
+    add("video", nargs="?")
+    add("question", nargs="?")
     add("--model", help="a stage's directory or a run; default: the newest run")
     add("--start", type=float, default=0.0, help="look from this second")
     add("--end", type=float, help="look up to this second")
     add("--fps", type=float, default=2.0, help="frames per second (default 2)")
     add("--max-frames", type=int, default=768, help="at most so many frames (default 768)")
     add("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
+    add("--estimate", metavar="PRESET", help="parameters, cache and largest context of a preset or a model's directory")
+    add("--memory", type=float, default=80, help="GB of memory for --estimate (default 80)")
     args = parser.parse_args()
-    need(min(args.fps, args.max_frames, args.max_new) > 0, "--fps, --max-frames and --max-new must be positive")
+    need(min(args.fps, args.max_frames, args.max_new, args.memory) > 0,
+         "--fps, --max-frames, --max-new and --memory must be positive")
+    if args.estimate:
+        print(*estimate(args.estimate, args.memory), sep="\n")
+        return
+    if args.question is None:
+        parser.error("the following arguments are required: video, question")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model(find_model(args.model), device, torch.bfloat16 if device == "cuda" else torch.float32)
     video = {"type": "video", "video": str(Path(args.video).resolve()), "start": args.start, "end": args.end,

@@ -102,6 +102,8 @@ MISTAKES = [
     (["iv3.py", VIDEO, "What?", "--model", "absent"], "absent: no model found"),
     (["iv3.py", VIDEO, "What is <|video_pad|>?"], "<|video_pad|>"),
     (["iv3.py", VIDEO, "What?", "--model", "wide"], "wide/weights.pt: tensor language_model.layers.0.mlp"),
+    (["iv3.py", "--estimate", "huge"], "huge: neither a preset (tiny, "),
+    (["iv3.py", "--estimate", "tiny", "--memory", "0"], "--memory"),
     (["mcr_agent.py"], "give VIDEO"),
     (["mcr_agent.py", "nowhere.mp4", "What?"], "nowhere.mp4"),
     (["mcr_agent.py", VIDEO, "What?", "--calls", "-1"], "--calls -1"),
@@ -163,6 +165,11 @@ def test_a_stage_leaves_a_checkpoint_its_record_and_metrics(world):
 def test_asking_about_a_video(command, world):
     code, out, err = command(world, "iv3.py", VIDEO, "What is shown at 3 seconds?", "--max-new", 5, "--max-frames", 8)
     assert code == 0 and err == "" and out.endswith("\n")
+
+
+def test_estimating_a_model(command, world):
+    code, out, err = command(world, "iv3.py", "--estimate", "runs/tiny/base", "--memory", 1)
+    assert code == 0 and err == "" and [line.split()[0] for line in out.splitlines()[2:]] == ["gqa", "m2la"]
 
 
 def test_the_agent_writes_a_trace_that_can_be_replayed(command, world):

@@ -1,9 +1,9 @@
-"""The model against transformers' Qwen3-VL, and every other part of iv3.py against independent oracles."""
+"""Every part of iv3.py against independent oracles; test_parity.py compares the model with transformers'."""
 import json
 import os
 import random
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import av
@@ -95,78 +95,6 @@ def video(name, **options):
     return {"type": "video", "video": name, **options}
 
 
-# ----------------------------------------------------------------------------------------------- against transformers
-
-@pytest.fixture(scope="module")
-def hugging_face(tokenizer):
-    """→ our model, transformers' model with the same weights."""
-    pytest.importorskip("transformers", minversion="4.57", reason="compares with transformers' Qwen3-VL")
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    c, ids = CONFIG, {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (
-        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    text = dict(vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                num_key_value_heads=c.kv_heads, head_dim=c.head_dim, intermediate_size=c.mlp, rope_theta=c.theta,
-                rms_norm_eps=c.eps, rope_scaling={"rope_type": "default", "mrope_interleaved": True,
-                                                  "mrope_section": list(c.mrope_sections)})
-    vision = dict(depth=c.vision_layers, hidden_size=c.vision_hidden, num_heads=c.vision_heads,
-                  intermediate_size=c.vision_mlp, out_hidden_size=c.hidden, num_position_embeddings=c.pos_side ** 2,
-                  deepstack_visual_indexes=list(c.deepstack), patch_size=c.patch, spatial_merge_size=c.merge)
-    theirs = Qwen3VLForConditionalGeneration._from_config(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids),
-        attn_implementation="eager").float().eval()
-    ours = random_model(c, tokenizer)
-    state = {f"model.{k}": v for k, v in ours.state_dict().items()}
-    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    proj = "model.visual.patch_embed.proj.weight"
-    state[proj] = state[proj].view(-1, 3, 2, c.patch, c.patch)                        # a Conv3d of one window each
-    theirs.load_state_dict(state, strict=True)
-    return ours, theirs
-
-
-CONVERSATIONS = {
-    "text": [user("What colour is the shape?"), {"role": "assistant", "content": "red circle"}],
-    "image": [user({"type": "image", "image": "picture.png"}, "What colour?")],
-    "video": [user(video("wide.mp4"), "What colour is the shape?"), {"role": "assistant", "content": "red"}],
-    "mixed": [user(video("wide.mp4", end=2), "and ", {"type": "image", "image": "picture.png"}, video("square.mp4")),
-              {"role": "assistant", "content": "<think>look</think>"},
-              {"role": "tool", "content": [video("ramp.mp4", start=1, end=3)]},
-              {"role": "assistant", "content": "red"}]}
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@torch.no_grad()
-def test_logits_and_positions_equal_transformers(name, hugging_face, tokenizer, folder):
-    ours, theirs = hugging_face
-    sample = Processor(tokenizer, CONFIG).encode(CONVERSATIONS[name], folder)
-    image, pads = (tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video"))
-    media = dict.fromkeys(("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"))
-    first, patch, pixels = [], 0, sample.patches.float() / 127.5 - 1
-    for token, before in zip(sample.ids.tolist(), [-1, *sample.ids.tolist()]):       # kind of each temporal patch
-        if token in (image, pads) and before != token:
-            first.append(token)
-    for kind, (h, w) in zip(first, sample.grids.tolist(), strict=True):
-        names = ("pixel_values", "image_grid_thw") if kind == image else ("pixel_values_videos", "video_grid_thw")
-        for key, value in zip(names, (pixels[patch:patch + h * w], torch.tensor([[1, h, w]]))):
-            media[key] = value if media[key] is None else torch.cat([media[key], value])
-        patch += h * w
-    positions, _ = theirs.model.get_rope_index(sample.ids[None], media["image_grid_thw"], media["video_grid_thw"])
-    assert torch.equal(sample.positions, positions[:, 0])
-    expected = theirs(input_ids=sample.ids[None], attention_mask=torch.ones_like(sample.ids)[None], **media).logits
-    hidden = ours(sample.ids[None], sample.positions[:, None], sample.patches, sample.grids)
-    torch.testing.assert_close(ours.logits(hidden), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_timestamps_equal_transformers(tokenizer, folder):
-    pytest.importorskip("transformers", minversion="4.57", reason="compares with transformers' Qwen3-VL")
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-    indices = [0, 3, 7, 11, 15, 19, 26]
-    seconds = Qwen3VLProcessor._calculate_timestamps(None, list(indices), 4.0)
-    path = folder / "ramp.mp4"
-    times = np.array([read_video(path, start=i / 4, end=i / 4 + 0.1, fps=4).times[0] for i in indices])
-    even = np.append(times, times[-1]).reshape(-1, 2).mean(1)
-    assert [f"{t:.1f}" for t in even] == [f"{t:.1f}" for t in seconds]
-
-
 # ------------------------------------------------------------------------------------------------------- configuration
 
 @pytest.mark.parametrize("name, expected", [("qwen3-vl-2b", 2_127_532_032), ("qwen3-vl-4b", 4_437_815_808),
@@ -175,6 +103,29 @@ def test_presets_have_the_sizes_of_the_published_checkpoints(name, expected):
     with torch.device("meta"):
         model = iv3.InternVideo3(Config.preset(name), (1, 2))
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("name, expected", [
+    # 8B, M²LA: query maps 32·128·256, encoder 2048·1920 + 1920, two decoders 896·2048 + 2048 more in each of 36 layers;
+    # a token's row in bf16: 36 · 2·8·128 values of GQA, 36 · (896 + 128) of M²LA
+    ("qwen3-vl-8b", [(8_767_123_696, 147_456, (80e9 - 2 * 8_767_123_696) // 147_456),
+                     (8_767_123_696 + 36 * 8_656_768, 73_728, (80e9 - 2 * 9_078_767_344) // 73_728)]),
+    # 4 layers of 4 / 2 heads of 32: query maps 4·32·64, encoder 128·96 + 96, two decoders 32·128 + 128
+    ("tiny", [(2_039_040, 1024, (80e9 - 2 * 2_039_040) // 1024),
+              (2_039_040 + 4 * (8192 + 12_384 + 2 * 4224), 512, (80e9 - 2 * 2_155_136) // 512)])])
+def test_estimate_by_hand(name, expected):
+    rows = [line.replace(",", "").split() for line in list(iv3.estimate(name, 80))[2:]]
+    assert [row[0] for row in rows] == ["gqa", "m2la"]
+    assert [(int(row[1]), int(row[3]), int(row[4])) for row in rows] == expected
+
+
+def test_estimate_of_a_converted_model(tmp_path):
+    """Its own ranks, those of the wider modality; weights that do not fit leave no context."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(replace(LATENT, ranks=((24, 16), (16, 16), (20, 20))))))
+    lines = list(iv3.estimate(str(tmp_path), 1e-6))
+    assert lines[3].split()[0] == "m2la" and lines[3].split()[3:] == [str(2 * (24 + 16 + 20 + 3 * 16)), "0"]
+    assert lines[2].split()[3] == str(2 * 3 * 2 * 2 * 16)
 
 
 @pytest.mark.parametrize("changes, named", [
