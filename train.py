@@ -83,10 +83,10 @@ TINY = {
     "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=360, lr=1e-3,
+    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=240, lr=1e-3,
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=80, lr=1.5e-4, lr_min=1e-5, kl=0.04, weight_decay=0.0, branches=4),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=80, lr=3e-4, lr_min=3e-5, weight_decay=0.0),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=90, lr=2e-4, lr_min=2e-5, kl=0.04, weight_decay=0.0),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=180, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3600),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.
@@ -270,6 +270,11 @@ def sft_weights(sample, reduction):
     """Weight of each answer token, (n,): "square" gives a sample with m answer tokens the weight 1/√m each (§4)."""
     length = torch.bincount(sample)[sample]
     return torch.ones_like(length, dtype=torch.float) if reduction == "mean" else length.float().rsqrt()
+
+
+def count_of(batch):
+    """Conversations in a batch."""
+    return int(batch["sample"].max()) + 1
 
 
 def sequence_mean(values, sample, count):
@@ -633,7 +638,12 @@ def token_logp(model, batch):
 
 
 def train_opd(trainer, data, teacher_dir):
-    """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL."""
+    """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL:
+
+        L = mean_i 1/|y_i| Σ_t KL( π(· | x_i, y_i,<t) ‖ π_T(· | x_i, y_i,<t) ),   y_i ~ π
+
+    Each sample counts the same, as in the paper's mean_t. A mean over all tokens would leave short answers unheard: a
+    span has more tokens than the name of a colour, and more nats on each (it cost 4 points of multiple choice)."""
     r = trainer.recipe
     teacher, processor = load_model(teacher_dir, trainer.args.device)
     if processor.tokenizer.tokens != trainer.tokenizer.tokens:
@@ -641,7 +651,7 @@ def train_opd(trainer, data, teacher_dir):
     teacher.requires_grad_(False)
 
     def rule():
-        """§4: rows that the teacher gets right, or clearly better, and the student does not; and half as many others.
+        """§4: rows that the teacher gets right, or clearly better, and the student does not; and as many others.
         Notes too in which kinds of question the teacher is ahead: that is where the test looks for the gap."""
         def judge(number, chunk):
             rewards = []
@@ -654,7 +664,7 @@ def train_opd(trainer, data, teacher_dir):
         for _, kind, ahead in verdicts:
             kinds[kind].append(ahead)
         gap, rest = ([row for row, _, ahead in verdicts if (ahead > 0.1) == wanted] for wanted in (True, False))
-        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap) // 2].tolist()
+        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap)].tolist()
         note = f"kept {len(gap)} of {len(verdicts)} prompts where the teacher is better, and {len(others)} others"
         return {"keep": gap + others, "looked_at": len(verdicts), "note": note,
                 "kinds": sorted(kind for kind, ahead in kinds.items() if np.mean(ahead) > 0.05)}
@@ -671,11 +681,10 @@ def train_opd(trainer, data, teacher_dir):
         def loss_of(batch):
             with torch.no_grad():
                 target = answer_logits(teacher, batch)[0]
-            return reverse_kl(answer_logits(trainer.model, batch)[0], target).mean()
-        weights = [int(b["answer"].sum()) for b in batches]
-        whole = sum(gather(sum(weights)))
-        jobs = [(batch, loss_of, w / whole) for batch, w in zip(batches, weights)]
-        loss = trainer.update(jobs)
+            logits, _, sample = answer_logits(trainer.model, batch)
+            return sequence_mean(reverse_kl(logits, target), sample, count_of(batch)).mean()
+        whole = sum(gather(sum(map(count_of, batches))))
+        loss = trainer.update([(batch, loss_of, count_of(batch) / whole) for batch in batches])
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
 
