@@ -175,17 +175,20 @@ def score_mcq(texts, rows, seed=0):
 
 
 def score_grounding(texts, rows, seed=0):
-    """mIoU and R1@0.3/0.5/0.7. Widths tell whether a gain is hedging; the predicted one is over parsed answers."""
-    spans = [parse_span(text) for text in texts]
+    """mIoU and R1@0.3/0.5/0.7. Widths tell whether a gain is hedging: the predicted one is of the spans that run
+    forward, inside the video; a reversed one (`reversed`) is an error, not a wide guess."""
+    spans = [parse_span(text, turn=False) for text in texts]
     values = [grounding_reward(text, row) for text, row in zip(texts, rows)]
     result = figure("miou", values, rows, seed)
     for percent in (30, 50, 70):
         result |= figure(f"r1_{percent}", recall(values, percent / 100), rows, seed)
-    parsed = [(span[1] - span[0], row) for span, row in zip(spans, rows) if span]
-    result |= figure("width", [w for w, _ in parsed], [row for _, row in parsed], seed)
+    forward = [(span, row) for span, row in zip(spans, rows) if span and span[0] <= span[1]]
+    widths = [min(end, row.get("duration", math.inf)) - start for (start, end), row in forward]
+    result |= figure("width", np.maximum(widths, 0), [row for _, row in forward], seed)
     return {**result, "true_width": float(np.mean([row["answer"][1] - row["answer"][0] for row in rows])),
             "kinds": by_kind(values, rows), "missing": texts.count(None),
-            "unparsed": spans.count(None) - texts.count(None)}
+            "unparsed": spans.count(None) - texts.count(None),
+            "reversed": len(spans) - spans.count(None) - len(forward)}
 
 
 # ------------------------------------------------------------------------------------------------ trivial baselines

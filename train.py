@@ -85,8 +85,9 @@ TINY = {
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=240, lr=1e-3,
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=90, lr=2e-4, lr_min=2e-5, kl=0.04, weight_decay=0.0),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=180, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3600),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
+                 packs=12, pool=3400),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=150, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.

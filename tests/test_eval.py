@@ -92,6 +92,13 @@ def test_rewards_follow_the_task():
     assert evaluation.reward(reversed_span, grounding(4.0, 9.0)) == 0                         # RL must not teach it
 
 
+def test_width_is_of_forward_spans_inside_the_video():
+    texts = ["From 2.0 to 4.0 seconds.", "From 14.0 to 900.0 seconds.", "From 15.0 to 5.0 seconds.", "hm"]
+    score = evaluation.score_grounding(texts, [grounding(2.0, 4.0, duration=20.0)] * 4)
+    assert (score["width"], score["width_n"], score["reversed"], score["unparsed"]) == (4.0, 2, 1, 1)     # 2 s and 6 s
+    assert score["miou"] == pytest.approx(1 / 4)
+
+
 def test_recall_counts_equality():
     rows = [grounding(0.0, 1.0)] * 3
     texts = ["From 0.0 to 0.3 seconds.", "From 0.1 to 0.4 seconds.", "From 0.0 to 0.7 seconds."]    # IoU .3, .3, .7
