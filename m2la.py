@@ -38,8 +38,7 @@ class UserError(ValueError):
 def mrope(positions, head_dim, theta, sections):
     """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,Dh/2), fp32.
     Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
-    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE.
-    """
+    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
     l = torch.arange(head_dim // 2, device=positions.device)
     frequency = theta ** (-2.0 * l.float() / head_dim)
     axis = torch.zeros_like(l)
@@ -64,8 +63,7 @@ class Cache:
     What a query token sees of a segment is thus a prefix: one integer per segment and token, its `limits`,
     says causality, ragged batches and empty segments at once. Counts live on the device; the host only keeps
     bounds on them, so that decoding never waits for the GPU. A spare row behind each segment takes what does
-    not belong there (padding, tokens of other segments) and is never read.
-    """
+    not belong there (padding, tokens of other segments) and is never read."""
 
     def __init__(self, widths, batch, capacities, dtype=torch.float32, device="cpu"):
         """widths: per layer, one row width per segment; capacities: rows per sequence of each segment."""
@@ -355,8 +353,7 @@ def latent_attend(q, rows, limits, rank, scale, backend=None):
     """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
     columns of a row are its value -> out (B,T,H,R), lse (B,T,H); fp32, or fp64 of fp64 in the reference.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
-    on any device) or None: Triton on a GPU, else PyTorch.
-    """
+    on any device) or None: Triton on a GPU, else PyTorch."""
     backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
     return (_attend_triton if backend == "triton" else _attend_torch)(q, rows, limits, rank, scale)
 
@@ -372,8 +369,7 @@ class M2LA(Attention):
         [k_nope; v] = decode_m(c_m)              rebuilt for each KV head, never cached
         [q_nope | q_rope] = q_h query_h          score = scale * (q_nope·k_nope + RoPE(q_rope)·RoPE(k_rope))
 
-    All maps are trainable; `from_gqa` computes them so that the layer starts near its source.
-    """
+    All maps are trainable; `from_gqa` computes them so that the layer starts near its source."""
 
     def __init__(self, hidden, heads, kv_heads, head_dim, eps, rope_width, ranks):
         super().__init__(hidden, heads, kv_heads, head_dim, eps)
@@ -479,15 +475,12 @@ class M2LA(Attention):
 
     @torch.no_grad()
     def fold(self):
-        """This layer as the authors released theirs, all maps multiplied out: the same output. Needs linear norms, one
-        basis for both modalities and every frequency once: ConvertSpec(Dh, ranks, qk_norm="affine" or "const",
-        modality="shared", slots="uniform"). Exact norms and the other choices have no place in that layout."""
+        """This layer as the authors released theirs (`Released`), all maps multiplied out: the same output."""
         H, G, Dh, P, R = self.heads, self.kv_heads, self.head_dim, self.rope_width, self.ranks[0]
         one = torch.equal(self.decode[0].weight, self.decode[-1].weight) and not any(d.bias.any() for d in self.decode)
-        for name, fits in (("qk_norm='affine'", isinstance(self.k_norm, nn.Identity)), ("modality='shared'", one),
-                           (f"rope_width={Dh}, slots='uniform'", self.slots.tolist() == list(range(Dh // 2)))):
-            if not fits:
-                raise UserError(f"fold: the released layout has no room for this layer; convert with {name}")
+        if not (one and isinstance(self.k_norm, nn.Identity) and self.slots.tolist() == list(range(Dh // 2))):
+            raise UserError(f"fold: this layer does not fit into the released layout; convert with rope_width={Dh}, "
+                            "slots='uniform', modality='shared' and qk_norm='affine' or 'const'")
         new = Released(self.hidden, H, Dh, P, R).to(self.o_proj.weight)
         x = torch.eye(self.hidden + 1)[None, :, 1:].to(self.o_proj.weight).double()      # 0, e_1, …, e_D: every map is
         q_nope, q_rope, (c, _), k_rope = copy.deepcopy(self).double().maps(x)            # affine, f(x) = W x + b
@@ -515,7 +508,7 @@ class Released(M2LA):
         self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + rope_width)                   # [c | k_rope]
         self.kv_b_proj = nn.Linear(rank, heads * 2 * head_dim, bias=False)               # per head [k_nope | v]
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
-        self.slots = slice(None)                                                         # all frequencies, once
+        self.slots = slice(None)                                                         # every frequency, once
 
     def maps(self, x):
         halves = [*range(0, self.rope_width, 2), *range(1, self.rope_width, 2)]
@@ -554,14 +547,13 @@ class ConvertSpec:
                 raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
         if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
             raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
-        single = isinstance(self.ranks, (tuple, list)) and all(isinstance(r, int) for r in self.ranks)
-        pairs = [self.ranks] if single else self.ranks
-        if not isinstance(pairs, (tuple, list)) or not all(
-                isinstance(pair, (tuple, list)) and len(pair) == 2
-                and all(isinstance(r, int) and r > 0 for r in pair) for pair in pairs):
-            raise UserError(f"ConvertSpec ranks={self.ranks!r}: use (text, vision), two positive numbers, or "
-                            "a list of such pairs, one per layer")
-        self.ranks = tuple(self.ranks) if single else tuple(tuple(pair) for pair in pairs)
+        try:
+            ranks = torch.tensor(self.ranks)
+            assert ranks.dtype == torch.long and ranks.dim() in (1, 2) and ranks.shape[-1] == 2 and ranks.min() > 0
+        except (AssertionError, TypeError, ValueError):
+            raise UserError(f"ConvertSpec ranks={self.ranks!r}: use (text, vision), two positive numbers, or a list of "
+                            "such pairs, one per layer") from None
+        self.ranks = tuple(tuple(r) if isinstance(r, list) else r for r in ranks.tolist())
 
     def layer_ranks(self, layer):
         if isinstance(self.ranks[0], int):
@@ -599,8 +591,7 @@ class Calibration:
     """with Calibration([layer.self_attn, …]) as calibration: ordinary forwards -> .moments, one per layer.
     Use samples as long as the model will meet (gains and slots depend on distances) and at least 10*R tokens
     of each modality. For padded batches set calibration.valid, (B,T) bool, before each forward. raw=True also keeps
-    what ConvertSpec.qk_norm other than "exact" needs.
-    """
+    what ConvertSpec.qk_norm other than "exact" needs."""
 
     def __init__(self, modules, raw=False):
         self.modules, self.valid, self.raw = list(modules), None, raw
@@ -671,12 +662,8 @@ class Calibration:
 def complex_map(weight, columns, width):
     """Complex weights (S,G), slot s taking frequency columns[s] of every head -> the real matrix (2S,width)
     that does the same to vectors in halves: slots as [re | im], each of the G heads as [re | im]."""
-    S, G = weight.shape
-    out = torch.zeros(2, S, G, 2, width // (2 * G), dtype=torch.float64, device=weight.device)
-    s = torch.arange(S, device=weight.device)
-    out[0, s, :, 0, columns], out[0, s, :, 1, columns] = weight.real, -weight.imag
-    out[1, s, :, 0, columns], out[1, s, :, 1, columns] = weight.imag, weight.real
-    return out.view(2 * S, width)
+    z = F.one_hot(columns, width // (2 * weight.shape[1]))[:, None] * weight[:, :, None]    # (S,G,L)
+    return torch.stack([torch.stack([z.real, -z.imag], 2), torch.stack([z.imag, z.real], 2)]).reshape(-1, width)
 
 
 def rope_split(gqa, moments, spec):
@@ -688,8 +675,7 @@ def rope_split(gqa, moments, spec):
     The rest, k_nope = k - decode encode k, is content, whose queries take only RoPE's mean turn α: q_nope =
     conj(α) q. w_g² = Σ_{h∈g} E|q|² (1 - |α|²) is the harm of leaving (g,l) there, so the S slots of largest
     eigenvalue are kept, of whatever frequency. α: Calibration.add_turns. Published methods (slots="uniform") keep
-    as many for each frequency and look at the keys' energy alone (w = 1).
-    """
+    as many for each frequency and look at the keys' energy alone (w = 1)."""
     G, L, S = gqa.kv_heads, gqa.head_dim // 2, spec.rope_width // 2
     tokens, K = moments.count.sum(), gqa.kv_heads * gqa.head_dim
     alpha = torch.complex(*moments.turn) / moments.energy.clamp_min(1e-30)                   # (H,L)
@@ -748,8 +734,7 @@ def content_pca(gqa, moments, spec, split, modality, rank=None):
     Both are linear in z. "segments": each modality has its own mean and basis, if 10*R tokens of it were seen.
     "shared": one basis, around 0, so that no bias is needed; "adapters": then each modality corrects the latent by
     an affine map before it is decoded, c' = B c + b, by least squares. (With exact norms B = 1: the PCA was best.)
-    -> eigenvalues Λ, descending; encoder weight (R,2GDh), bias (R,); decoder weight (2GDh,R), bias (2GDh,).
-    """
+    -> eigenvalues Λ, descending; encoder weight (R,2GDh), bias (R,); decoder weight (2GDh,R), bias (2GDh,)."""
     encode_rope, decode_rope, query, _ = split
     K, width = gqa.kv_heads * gqa.head_dim, moments.first.shape[1]
     rope = F.pad(decode_rope @ encode_rope, (0, width - K, 0, K))                # (2K,Z): what the RoPE key holds
@@ -779,8 +764,8 @@ def content_pca(gqa, moments, spec, split, modality, rank=None):
 def linear_norms(gqa, moments, kind):
     """Global-Norm-Linear (§3.2.3): RMSNorm of a head ≈ a linear map of its input u, by least squares over the
     calibration: "const" γ u / μ with one number μ a head, "affine" any matrix and bias a head.
-    -> the layer with that in q_proj and k_proj, and what calibration would have seen of it: Moments of
-    z = [k; v; exact k; 1], by which adapters can make good what the substitute lost."""
+    -> the layer with that in q_proj and k_proj, and what calibration would have seen of it, z = [k; v; exact k; 1]
+    (adapters can make good a part of what the substitute lost)."""
     if not hasattr(moments, "raw_query"):
         raise UserError(f"ConvertSpec qk_norm={kind!r}: is fitted to raw moments, from Calibration(…, raw=True)")
     d, K = gqa.head_dim, gqa.kv_heads * gqa.head_dim
@@ -788,16 +773,15 @@ def linear_norms(gqa, moments, kind):
 
     def substitute(name, y):
         """y (heads,2Dh+1,2Dh+1), second moments of [norm(u); u; 1] -> the map [W | b] (heads,Dh,Dh+1)"""
-        norm, old = getattr(gqa, f"{name}_norm"), getattr(gqa, f"{name}_proj")
+        gamma, old = getattr(gqa, f"{name}_norm").weight.double(), getattr(gqa, f"{name}_proj").weight
         if kind == "affine":
             maps = y[:, :d, d:] @ torch.linalg.pinv(y[:, d:, d:], hermitian=True)
         else:
-            gamma, y = norm.weight.double(), y[:, :-1, :-1]
-            gu = gamma * y[:, :d, d:].diagonal(dim1=1, dim2=2)                           # E norm(u) γu
-            mu = (gamma.square() * y[:, d:, d:].diagonal(dim1=1, dim2=2)).sum(1) / gu.sum(1)
+            cross, power = (part.diagonal(dim1=1, dim2=2) for part in (y[:, :d, d:-1], y[:, d:-1, d:-1]))
+            mu = (gamma.square() * power).sum(1) / (gamma * cross).sum(1)
             maps = F.pad(torch.diag_embed(gamma / mu[:, None]), (0, 1))
-        linear = nn.Linear(gqa.hidden, old.out_features).to(old.weight)
-        linear.weight.copy_((maps[..., :d] @ old.weight.double().unflatten(0, (-1, d))).flatten(0, 1))
+        linear = nn.Linear(gqa.hidden, len(old)).to(old)
+        linear.weight.copy_((maps[..., :d] @ old.double().unflatten(0, (-1, d))).flatten(0, 1))
         linear.bias.copy_(maps[..., d].flatten())
         setattr(gqa, f"{name}_proj", linear)
         setattr(gqa, f"{name}_norm", nn.Identity())
@@ -817,22 +801,21 @@ def linear_norms(gqa, moments, kind):
 
 def warn_of_hazards(moments, spec, layer):
     """What makes a conversion worse than it needs to be: one warning each, with the number and the remedy."""
-    def warn(text):
-        warnings.warn(f"layer {layer}: {text}", stacklevel=3)
+    found, (n, squares) = [], moments.seen.tolist()
     for name, count, rank in zip(MODALITIES, moments.count.tolist(), spec.layer_ranks(layer)):
         if spec.modality != "shared" and count < 10 * rank:
-            warn(f"{count:.0f} {name} tokens of calibration for rank {rank}, at least {10 * rank} are needed: what "
-                 f"both modalities have in common is used instead; calibrate on more {name} to get its own")
-    _, (n, squares) = moments.count, moments.seen.tolist()
-    longest = 1.5 * squares / n                              # samples of L tokens: Σn² / Σn = 2/3 L
-    if longest < spec.length / 4:
-        warn(f"calibration samples of about {longest:.0f} tokens for a model of {spec.length}: gains and slots depend "
-             "on distances, and slow frequencies get no slots; calibrate on longer samples")
+            found.append(f"{count:.0f} {name} tokens of calibration for rank {rank}, at least {10 * rank} are needed: "
+                         f"what both modalities share is used instead; calibrate on more {name} to get its own")
+    if (longest := 1.5 * squares / n) < spec.length / 4:                     # samples of L tokens: Σn² / Σn = 2/3 L
+        found.append(f"calibration samples of about {longest:.0f} tokens for a model of {spec.length}: gains and slots "
+                     "depend on distances, slow frequencies get no slots; calibrate on longer samples")
     stats = [moments.statistics(m)[1:] for m in range(2) if moments.count[m] >= 100]
     spread = [float(cov.trace() / (cov.trace() + mean.square().sum())) for mean, cov in stats]
     if len(spread) == 2 and spread[1] < spread[0] / 2:
-        warn(f"vision tokens differ by {spread[1]:.0%} of their energy, text tokens by {spread[0]:.0%}: as of an "
-             "untrained vision path, whose basis will not fit later; train the path before converting")
+        found.append(f"vision tokens differ by {spread[1]:.0%} of their energy, text tokens by {spread[0]:.0%}, as "
+                     "with an untrained vision path; train the path before converting")
+    for text in found:
+        warnings.warn(f"layer {layer}: {text}", stacklevel=3)
 
 
 def greedy_ranks(layers, moments, spec, damage=None):

@@ -462,7 +462,7 @@ def test_fold_equals_the_linear_layer(kind):
 
 
 @pytest.mark.parametrize("change,word", [
-    (dict(qk_norm="exact"), "qk_norm='affine'"), (dict(modality="adapters"), "modality='shared'"),
+    (dict(qk_norm="exact"), "qk_norm=.affine."), (dict(modality="adapters"), "modality='shared'"),
     (dict(slots="realloc"), "slots='uniform'"), (dict(rope_width=2 * DH), "rope_width=16")])
 def test_fold_says_what_does_not_fit(change, word):
     spec = dict(rope_width=DH, ranks=(12, 12), qk_norm="affine", modality="shared", slots="uniform")
