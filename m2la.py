@@ -710,21 +710,25 @@ def rope_split(gqa, moments, spec):
 
 
 def error_metric(gqa, moments, turn, cov, kind):
-    """What an error e of x = [k_nope; v] costs, as a (2GDh,2GDh) form. "qa": in a key Σ_h E[(q_nope·e)²], in
-    a value Σ_h |W_o e|², each relative to its total, which also balances keys against values."""
-    K, G = gqa.kv_heads * gqa.head_dim, gqa.kv_heads
-    parts = [torch.eye(K, dtype=cov.dtype, device=cov.device)] * 2
+    """What an error e of x = [k_nope; v] costs, as a form (2G,Dh,Dh) on each KV head's key and value. "qa": in a key
+    Σ_h E[(q_nope·e)²], in a value Σ_h |W_o e|², each relative to its total, which also balances keys against values."""
+    G, Dh, tokens = gqa.kv_heads, gqa.head_dim, moments.count.sum()
+    eye = torch.eye(Dh).to(cov)
+    form = eye.expand(2, G, Dh, Dh)
     if kind == "identity":
-        return torch.block_diag(*parts)
+        return form.flatten(0, 1)
     if kind == "qa":
-        w_o = gqa.o_proj.weight.double().unflatten(1, (gqa.heads, gqa.head_dim))             # (D,H,Dh)
-        for_k = turn.mT @ (moments.query / moments.count.sum()) @ turn                       # (H,Dh,Dh)
-        for_v = torch.einsum("ohd,ohe->hde", w_o, w_o)
-        parts = [torch.block_diag(*heads.unflatten(0, (G, -1)).sum(1)) for heads in (for_k, for_v)]
-        parts = [part + 1e-8 * part.trace() / K * torch.eye(K).to(part) for part in parts]   # invertible
-    sizes = [(part * c).sum() + 1e-6 * part.trace() for part, c in zip(parts, (cov[:K, :K], cov[K:, K:]))]
-    metric = torch.block_diag(*(part / size for part, size in zip(parts, sizes)))
-    return metric * (2 * K / metric.trace())                       # so that the latent is about as large as x
+        w_o = gqa.o_proj.weight.double().unflatten(1, (gqa.heads, Dh))                       # (D,H,Dh)
+        form = torch.stack([turn.mT @ (moments.query / tokens) @ turn, torch.einsum("ohd,ohe->hde", w_o, w_o)])
+        form = form.unflatten(1, (G, -1)).sum(2)                                             # (2,G,Dh,Dh)
+        form = form + 1e-8 * trace(form) / (G * Dh) * eye                                    # invertible
+    own = cov.view(2 * G, Dh, 2 * G, Dh).diagonal(dim1=0, dim2=2).permute(2, 0, 1).view(2, G, Dh, Dh)
+    form = form / ((form * own).sum((1, 2, 3), keepdim=True) + 1e-6 * trace(form))
+    return (form * (2 * G * Dh / trace(form).sum())).flatten(0, 1)         # so that the latent is about as large as x
+
+
+def trace(form):                                                                             # (2,G,Dh,Dh) -> (2,1,1,1)
+    return form.diagonal(dim1=2, dim2=3).sum((1, 2))[:, None, None, None]
 
 
 def content_pca(gqa, moments, spec, split, modality, rank=None):
@@ -744,9 +748,9 @@ def content_pca(gqa, moments, spec, split, modality, rank=None):
     mean, cov = nope @ mean, nope @ cov @ nope.mT
     if spec.modality != "segments":
         mean, cov = torch.zeros_like(mean), cov + mean[:, None] * mean
-    metric = error_metric(gqa, moments, query[..., :gqa.head_dim], cov, spec.metric)
-    value, vector = torch.linalg.eigh(metric)
-    A, inverse = (vector * value.sqrt()) @ vector.mT, (vector / value.sqrt()) @ vector.mT
+    value, vector = torch.linalg.eigh(error_metric(gqa, moments, query[..., :gqa.head_dim], cov, spec.metric))
+    root = value.sqrt()[:, None]                                                         # (2G,1,Dh)
+    A, inverse = (torch.block_diag(*half @ vector.mT) for half in (vector * root, vector / root))
     value, vector = torch.linalg.eigh(A @ cov @ A)                                       # ascending
     basis = vector.flip(1)[:, :rank]                                                     # (2GDh,R)
     down, up = basis.mT @ A @ nope, inverse @ basis
