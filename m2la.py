@@ -10,6 +10,7 @@ shared decoder gains nothing on an optimal latent.
 
     pytest tests/test_m2la.py             where there is no GPU, the kernel runs in Triton's interpreter
     python eval.py --bench decode         time of a new token on the latent cache and on GQA's, and their bytes
+    python eval.py --bench conversion     what each idea of the conversion saves, against published ones
 """
 import copy
 import warnings

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import m2la
+from iv3 import Config
 from m2la import GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge, mrope
 
 HIDDEN, HEADS, KV, DH, THETA, SECTIONS = 64, 4, 2, 16, 1e4, (4, 2, 2)
@@ -644,3 +646,19 @@ def test_state_round_trip():
     fresh = M2LA(HIDDEN, HEADS, KV, DH, 1e-6, 16, (12, 20)).double()
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(x, rope, vision), module(x, rope, vision))
+
+
+@torch.no_grad()
+def test_conversion_bench_rows():
+    """The bench's order, equal bytes in all rows, and on a random layer the default ahead of what is published."""
+    rows = evaluation.conversion_rows()
+    assert list(rows)[:2] == ["transmla", "care"] and list(rows)[-2:] == ["paper", "default"]
+    assert {k: v for k, v in rows["default"].items() if k != "probe"} == rows["+ greedy by energy"]
+    bench = evaluation.RandomLayer(Config.preset("tiny"), 0)
+    for choices in rows.values():
+        for share in (0.3, 0.5):
+            spec = evaluation.spec_of(choices, bench.gqa, share)
+            assert spec.rope_width + sum(spec.ranks) / 2 == int(share * 128)
+    error = {name: bench.run(choices, 0.5)["random_out_err"] for name, choices in rows.items()}
+    assert error["default"] < 0.8 * min(error[name] for name in ("transmla", "care", "paper")), error
+    assert error["default"] < 1.05 * min(error.values()), error
