@@ -11,6 +11,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
     python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # attention time per new token
+    python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
 """
 import argparse
 import atexit
@@ -37,7 +38,8 @@ from tqdm import tqdm
 
 import iv3
 import mcr_agent
-from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope, rotate
+from m2la import (GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, convert_layers, mrope,
+                  rotate)
 
 UNSEEN = ("brief", "speech", "fact")         # mcr kinds whose evidence a coarse pass over the clip cannot hold
 
@@ -667,6 +669,179 @@ def bench_decode(args):
             "rows": rows}
 
 
+# ------------------------------------------------------------------------------------------ conversion bench (§3.2)
+
+PUBLISHED = dict(qk_norm="const", rope_basis="real", slots="uniform", gain=False, metric="balance", modality="shared",
+                 budget="uniform")
+IDEAS = {"exact norms": dict(qk_norm="exact"), "unitary basis": dict(rope_basis="unitary"), "gains": dict(gain=True),
+         "slots by harm": dict(slots="realloc"), "query-aware": dict(metric="qa"),
+         "a basis per modality": dict(modality="segments"), "greedy by energy": dict(budget="greedy")}
+DEFAULT = dict(qk_norm="exact", rope_basis="unitary", slots="realloc", gain=True, metric="qa", modality="segments",
+               budget="greedy", probe=True)                           # probe: measure the damage that a cut does
+WITHOUT = {"exact norms": dict(qk_norm="affine"), "unitary basis": dict(rope_basis="real"), "gains": dict(gain=False),
+           "slots by harm": dict(slots="uniform"), "query-aware": dict(metric="balance"),
+           "a basis per modality": dict(modality="shared"), "greedy ranks": dict(budget="uniform"),
+           "measured damage": dict(probe=False)}
+CALIBRATION = {"cpt_text.jsonl": 80, "cpt_image.jsonl": 120, "cpt_video.jsonl": 600}        # rows of each file
+
+
+def conversion_rows():
+    """{name: choices}: the neighbours, one idea more at a time, the default with one idea less, paper, default."""
+    rows, choices = {"transmla": PUBLISHED}, dict(PUBLISHED)
+    rows["care"] = {**PUBLISHED, "qk_norm": "exact", "metric": "identity", "budget": "greedy"}
+    for name, change in IDEAS.items():
+        rows[f"+ {name}"] = choices = {**choices, **change}
+    rows |= {f"- {name}": {**DEFAULT, **change} for name, change in WITHOUT.items()}
+    return {**rows, "paper": {**PUBLISHED, "qk_norm": "affine", "modality": "adapters"}, "default": DEFAULT}
+
+
+def spec_of(choices, gqa, share):
+    """A ConvertSpec that leaves `share` of the GQA cache. Below a half, half as many slots where they may be chosen."""
+    row = 2 * gqa.kv_heads * gqa.head_dim
+    P = gqa.head_dim if share >= 0.5 or choices["slots"] == "uniform" else gqa.head_dim // 2
+    R = int(share * row) - P
+    choices = {k: v for k, v in choices.items() if k != "probe"}
+    return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
+
+
+def answer_logp(model, samples):
+    """log-probabilities (n,V) at all answer tokens of a batch of Encoded."""
+    hidden = model(**iv3.collate(samples, 0, model.device))
+    at = [(b, int(t) - 1) for b, sample in enumerate(samples) for t in sample.answer.nonzero()]
+    return torch.log_softmax(model.logits(hidden[tuple(zip(*at))]).float(), -1)
+
+
+def divergence(model, batches):
+    """-> a function: mean KL (nats per answer token) of what the model predicts then from what it predicts now."""
+    before = [answer_logp(model, samples) for samples in batches]
+
+    def damage():
+        pairs = zip(before, (answer_logp(model, samples) for samples in batches))
+        kl = [(old.exp() * (old - new)).sum(-1) for old, new in pairs]
+        return float(torch.cat(kl).mean())
+    return damage
+
+
+class ConversionBench:
+    """Converts one model again and again, from one calibration, and measures on held-out rows."""
+
+    @torch.no_grad()
+    def __init__(self, model, processor, root, seed):
+        self.model, self.processor, self.root = model.eval(), processor, root
+        self.layers = model.language_model.layers
+        self.gqa = [layer.self_attn for layer in self.layers]
+        rows = [row for name, n in CALIBRATION.items() for row in pick_rows(iv3.load_rows(root / name), n, seed)]
+        batches = [list(s) for _, s in encoded_batches(processor, rows, root, 16, False, "calibration", [])]
+        with Calibration(self.gqa, raw=True) as calibration:
+            for samples in batches:
+                batch = iv3.collate(samples, 0, model.device)
+                calibration.valid = batch["valid"]
+                model(**batch)
+        self.moments, self.damage = calibration.moments, divergence(model, batches[::10])
+        self.rows = iv3.load_rows(root / "val.jsonl")
+        self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
+        self.base = self.loss()
+        held = [s for _, batch in encoded_batches(processor, self.rows, root, 16, False, "held-out", []) for s in batch]
+        vision = sum(torch.isin(s.ids, torch.tensor(model.vision_ids)).sum() for s in held)
+        self.tokens = sum(len(s.ids) for s in held) - int(vision), int(vision)
+        self.calls, batch = [], iv3.collate(held[:16], 0, model.device)          # what the layers see of one batch
+        hooks = [gqa.register_forward_hook(lambda m, args, kwargs, out: self.calls.append((args, kwargs, out)),
+                                           with_kwargs=True) for gqa in self.gqa]
+        model(**batch)
+        self.valid = batch["valid"]
+        for hook in hooks:
+            hook.remove()
+
+    def loss(self):
+        return held_out_loss(self.model, self.processor, self.rows, self.root)[1]            # (n,2) nats, tokens
+
+    @torch.no_grad()
+    def run(self, choices, share):
+        gqa, start = self.gqa[0], time.perf_counter()
+        spec = spec_of(choices, gqa, share)
+        spec = convert_layers(self.layers, self.moments, spec, self.damage if choices.get("probe") else None)
+        seconds, row, n = time.perf_counter() - start, 2 * gqa.kv_heads * gqa.head_dim, len(self.layers)
+        used = sum(tokens * (spec.layer_ranks(i)[m] + spec.rope_width) for i in range(n)
+                   for m, tokens in enumerate(self.tokens))
+        change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]
+        mean = change.sum() / tokens.sum()
+        se = np.sqrt((np.bincount(self.clips, change - mean * tokens) ** 2).sum()) / tokens.sum()    # over clips
+        error = np.mean([relative_error(layer.self_attn(*args, **kwargs)[self.valid], out[self.valid])
+                         for layer, (args, kwargs, out) in zip(self.layers, self.calls)])
+        for layer, source in zip(self.layers, self.gqa):
+            layer.self_attn = source
+        return {"loss_change": float(mean), "loss_se": float(se), "out_err": float(error),
+                "cache_ratio": used / (sum(self.tokens) * row * n), "seconds": seconds}
+
+
+def relative_error(out, target):
+    return float((out - target).norm() / target.norm())
+
+
+class RandomLayer:
+    """One layer of a preset's shape with random weights, on tokens whose text and vision have other statistics."""
+
+    @torch.no_grad()
+    def __init__(self, cfg, seed):
+        torch.manual_seed(seed)
+        self.cfg, D = cfg, cfg.hidden
+        self.gqa = GQA(D, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps)
+        self.mix = torch.randn(2, D // 4, D) * (torch.arange(D // 4) + 1.0)[:, None] ** -0.5 / 4
+        T = min(1024, 16 * cfg.head_dim)
+        samples = 2 * 10 * (cfg.kv_heads - 1) * cfg.head_dim // T + 1            # 10 R tokens of each modality
+        with Calibration([self.gqa], raw=True) as calibration:
+            for _ in tqdm(range(samples), desc="random layer", disable=None, leave=False):
+                self.gqa(*self.sample(T))
+        self.moments, self.held = calibration.moments, self.sample(T)
+        self.target = self.gqa(*self.held)
+
+    def sample(self, T):
+        """x (1,T,D), rope, vision: 64 words, 64 patches of a frame (8 x 8), and so on."""
+        t = torch.arange(T)
+        vision = t // 64 % 2 == 1
+        positions = torch.stack([t, t // 8 % 8 + t // 64 * 64, t % 8 + t // 64 * 64])
+        positions = torch.where(vision, torch.cat([t[None] // 64 * 64, positions[1:]]), t)[:, None]
+        x = torch.randn(T, self.mix.shape[1])
+        x = torch.where(vision[:, None], x @ self.mix[1], x @ self.mix[0]) + 0.1 * torch.randn(T, self.cfg.hidden)
+        rope = mrope(positions, self.cfg.head_dim, self.cfg.theta, self.cfg.mrope_sections)
+        return x[None], rope, vision[None]
+
+    @torch.no_grad()
+    def run(self, choices, share):
+        start, layer = time.perf_counter(), torch.nn.Module()
+        layer.self_attn = self.gqa
+        convert_layers([layer], self.moments, spec_of(choices, self.gqa, share))
+        seconds = time.perf_counter() - start
+        return {"random_out_err": relative_error(layer.self_attn(*self.held), self.target), "random_seconds": seconds}
+
+
+def bench_conversion(args):
+    toy = Path(__file__).parent / "data" / "toy"
+    root = Path(args.data_dir)
+    if not (root / "val.jsonl").is_file():
+        subprocess.run([sys.executable, toy / "prepare.py", "--out", root, "--seed", str(args.seed)], check=True)
+    model, processor = open_model(args.model or toy / "weights" / "base")
+    if model.cfg.attn != "gqa":
+        raise UserError(f"--model {args.model}: its attention is {model.cfg.attn} already; give a GQA model")
+    bench = ConversionBench(model, processor, root, args.seed)
+    random = RandomLayer(iv3.Config.preset(args.preset), args.seed) if args.preset != "tiny" else None
+    rows, total = [], bench.base.sum(0)
+    header = ["loss_change", "loss_se", "out_err", "cache_ratio", "seconds", "loss_change_30", "loss_se_30",
+              "cache_ratio_30"] + ["random_out_err", "random_seconds"] * bool(random)
+    for name, choices in tqdm(conversion_rows().items(), disable=None, leave=False):
+        row = {"name": name, **bench.run(choices, 0.5)} | (random.run(choices, 0.5) if random else {})
+        if name in ("transmla", "care", "paper", "default"):
+            row |= {f"{key}_30": value for key, value in bench.run(choices, 0.3).items()}
+        rows.append(row)
+    lines = [[row["name"], *(f"{row[key]:.4f}" if key in row else "" for key in header)] for row in rows]
+    print(f"loss_change: nats per answer token over the source's {total[0] / total[1]:.4f}, at half of the cache (_30: "
+          f"30 %); + one idea more at a time, - the default without one\n\n{table(['name', *header], lines)}")
+    return {"env": {"torch": torch.__version__, "threads": torch.get_num_threads(), "seed": args.seed,
+                    "model": str(args.model or "shipped base"), "random_layer": args.preset if random else None,
+                    "base_loss": total[0] / total[1], "held_out_tokens": bench.tokens,
+                    "calibration_tokens": bench.moments[0].count.tolist()}, "rows": rows}
+
+
 # ------------------------------------------------------------------------------------------------------------ command
 
 def run_data(args):
@@ -698,8 +873,11 @@ def main():
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
     add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
     add = parser.add_argument_group("bench").add_argument
-    add("--bench", choices=["decode"], help="decode: time per new token of M2LA, a good GQA and the paper's eager GQA")
-    add("--preset", choices=list(iv3.PRESETS), default="tiny", help="sizes of the attention layers (default tiny)")
+    add("--bench", choices=["decode", "conversion"], help="decode: time per new token of M2LA, a good GQA and the "
+        "paper's eager GQA; conversion: the damage of each way to convert --model (default: the tiny base)")
+    add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes of the attention layers (default "
+        "tiny); conversion: also a random layer of these sizes (default: none)")
+    add("--data-dir", metavar="DIR", default="runs/tiny/data", help="conversion: the toy data; written if it is absent")
     add("--contexts", default="1024,4096", help="cached tokens, comma-separated (default 1024,4096)")
     add("--layers", type=int, default=4, help="attention layers timed (default 4)")
     add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
@@ -707,7 +885,7 @@ def main():
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
     if bool(args.data) == bool(args.bench):
-        raise UserError("give either --data F.jsonl or --bench decode (see --help)")
+        raise UserError("give either --data F.jsonl or --bench decode|conversion (see --help)")
     for name in ("jobs", "limit", "batch", "max_new", "layers", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -716,7 +894,7 @@ def main():
     if args.bench and args.jobs > 1:
         raise UserError("--jobs shares the rows of --data; a bench runs in one process")
     join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
-    result = bench_decode(args) if args.bench else run_data(args)
+    result = {"decode": bench_decode, "conversion": bench_conversion, None: run_data}[args.bench](args)
     if args.json and rank() == 0:
         iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))
 

@@ -10,10 +10,11 @@ shared decoder gains nothing on an optimal latent.
 
     pytest tests/test_m2la.py             where there is no GPU, the kernel runs in Triton's interpreter
     python eval.py --bench decode         time of a new token on the latent cache and on GQA's, and their bytes
+    python eval.py --bench conversion     what each idea of the conversion saves, against published ones
 """
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -25,6 +26,7 @@ try:
 except ImportError:                      # CPU-only installs: the PyTorch reference below does the same
     triton = None
 
+MODALITIES = "text", "vision"           # segment 0 and 1 of a latent cache
 DECODE = 8            # up to this many new tokens, attention runs on the latent rows themselves ("absorbed")
 
 
@@ -37,8 +39,7 @@ class UserError(ValueError):
 def mrope(positions, head_dim, theta, sections):
     """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,Dh/2), fp32.
     Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
-    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE.
-    """
+    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
     l = torch.arange(head_dim // 2, device=positions.device)
     frequency = theta ** (-2.0 * l.float() / head_dim)
     axis = torch.zeros_like(l)
@@ -63,8 +64,7 @@ class Cache:
     What a query token sees of a segment is thus a prefix: one integer per segment and token, its `limits`,
     says causality, ragged batches and empty segments at once. Counts live on the device; the host only keeps
     bounds on them, so that decoding never waits for the GPU. A spare row behind each segment takes what does
-    not belong there (padding, tokens of other segments) and is never read.
-    """
+    not belong there (padding, tokens of other segments) and is never read."""
 
     def __init__(self, widths, batch, capacities, dtype=torch.float32, device="cpu"):
         """widths: per layer, one row width per segment; capacities: rows per sequence of each segment."""
@@ -354,8 +354,7 @@ def latent_attend(q, rows, limits, rank, scale, backend=None):
     """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
     columns of a row are its value -> out (B,T,H,R), lse (B,T,H); fp32, or fp64 of fp64 in the reference.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
-    on any device) or None: Triton on a GPU, else PyTorch.
-    """
+    on any device) or None: Triton on a GPU, else PyTorch."""
     backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
     return (_attend_triton if backend == "triton" else _attend_torch)(q, rows, limits, rank, scale)
 
@@ -371,8 +370,7 @@ class M2LA(Attention):
         [k_nope; v] = decode_m(c_m)              rebuilt for each KV head, never cached
         [q_nope | q_rope] = q_h query_h          score = scale * (q_nope·k_nope + RoPE(q_rope)·RoPE(k_rope))
 
-    All maps are trainable; `from_gqa` computes them so that the layer starts near its source.
-    """
+    All maps are trainable; `from_gqa` computes them so that the layer starts near its source."""
 
     def __init__(self, hidden, heads, kv_heads, head_dim, eps, rope_width, ranks):
         super().__init__(hidden, heads, kv_heads, head_dim, eps)
@@ -383,23 +381,30 @@ class M2LA(Attention):
         self.decode = nn.ModuleList(nn.Linear(rank, width) for rank in ranks)              # text, vision
         self.register_buffer("slots", torch.arange(rope_width // 2) % (head_dim // 2))     # frequencies
 
+    def maps(self, x):
+        """x (B,T,D) -> q_nope (B,H,T,Dh), q_rope (B,H,T,P), latents (B,T,R_m), k_rope (B,T,P); not yet rotated."""
+        q, k, v = self.project(x)
+        q = torch.einsum("bthd,hde->bhte", q, self.query)                                # (B,H,T,Dh+P)
+        rows = self.encode(torch.cat([k, v], 2).flatten(2))
+        *latents, k_rope = rows.split([*self.ranks, self.rope_width], -1)
+        return *q.split([self.head_dim, self.rope_width], -1), latents, k_rope
+
+    def decoders(self):
+        """Per modality, weight (2*G*Dh,R) and bias (2*G*Dh,): latent -> [k_nope | v] of all KV heads."""
+        return [(decode.weight, decode.bias) for decode in self.decode]
+
     def forward(self, x, rope, vision, mask=None, cache=None, layer=0):
         """As GQA.forward."""
-        q, k, v = self.project(x)
+        q_nope, q_rope, latents, k_rope = self.maps(x)
         cos, sin = (r[..., self.slots] for r in rope)                                    # (B,T,S)
-        q = torch.einsum("bthd,hde->bhte", q, self.query)                                # (B,H,T,Dh+P)
-        q_nope, q_rope = q.split([self.head_dim, self.rope_width], -1)
-        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
-        rows = self.encode(torch.cat([k, v], 2).flatten(2))
-        *latents, k_rope = rows.split([*self.ranks, self.rope_width], -1)                # (B,T,R_m), (B,T,P)
-        k_rope = rotate(k_rope, cos, sin)
+        q_rope, k_rope = rotate(q_rope, cos[:, None], sin[:, None]), rotate(k_rope, cos, sin)
         if cache is not None:
             cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
             if not cache.fresh:
                 attend_rows = self.attend_absorbed if x.shape[1] <= DECODE else self.attend_rebuilt
                 return self.o_proj(attend_rows(q_nope, q_rope, cache, layer))
             mask = cache.mask
-        text, sight = (decode(c) for decode, c in zip(self.decode, latents))
+        text, sight = (F.linear(c, *decoder) for c, decoder in zip(latents, self.decoders()))
         k, v = self.split_heads(torch.where(vision[..., None], sight, text), k_rope)
         return self.o_proj(attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale))
 
@@ -410,8 +415,8 @@ class M2LA(Attention):
 
     def attend_rebuilt(self, q_nope, q_rope, cache, layer):
         """Many new tokens: rebuild k, v from the cached rows; one decoder per segment."""
-        parts = [self.split_heads(decode(rows[..., :rank]), rows[..., rank:])
-                 for decode, rank, rows in zip(self.decode, self.ranks, cache.view(layer))]
+        parts = [self.split_heads(F.linear(rows[..., :rank], *decoder), rows[..., rank:])
+                 for decoder, rank, rows in zip(self.decoders(), self.ranks, cache.view(layer))]
         k, v = (torch.cat(part, 2) for part in zip(*parts))
         return attend_cached(torch.cat([q_nope, q_rope], -1), k, v, cache, self.scale)
 
@@ -422,9 +427,9 @@ class M2LA(Attention):
         q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)                  # (B,T,H,·)
         q = q_nope.unflatten(2, (self.kv_heads, -1))                                     # (B,T,G,H/G,Dh)
         outs, lses = [], []
-        for m, (decode, rank) in enumerate(zip(self.decode, self.ranks)):
-            up_k, up_v = decode.weight.view(2, self.kv_heads, self.head_dim, rank)       # (G,Dh,R)
-            bias_k, bias_v = decode.bias.view(2, self.kv_heads, 1, self.head_dim)        # (G,1,Dh)
+        for m, ((weight, bias), rank) in enumerate(zip(self.decoders(), self.ranks)):
+            up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)              # (G,Dh,R)
+            bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)               # (G,1,Dh)
             q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)           # (B,T,H,R)
             latent, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m],
                                         cache.limits[m], rank, self.scale)               # (B,T,H,R), (B,T,H)
@@ -437,46 +442,84 @@ class M2LA(Attention):
     @classmethod
     @torch.no_grad()
     def from_gqa(cls, gqa, moments, spec, layer=0):
-        """The M²LA layer nearest to `gqa` on the calibration data (§3.2.1), without training.
-        RoPE key: `rope_split`. Content x = [k_nope; v]: the joint PCA to R values minimising E|A (x - x')|²,
-        where A² = `error_metric` says what the layer makes of an error:
-            A Cov(x) A = E Λ Eᵀ,   c = E_Rᵀ A (x - mean),   x' = A⁻¹ E_R c + mean
-        Each modality has its own mean, basis and rank. All of it is linear in [k; v]: one encoder matrix.
-        """
+        """The M²LA layer nearest to `gqa` on the calibration data (§3.2.1), without training: `rope_split` gives the
+        shared RoPE key and the queries, `content_pca` the latent of the rest and how to read it."""
         if not moments.count.sum():
             raise UserError("calibration saw no tokens: run forwards inside `with Calibration(…)` first")
         ranks, width = spec.layer_ranks(layer), 2 * gqa.kv_heads * gqa.head_dim
         if max(ranks) > width or spec.rope_width > width // 2:
             raise UserError(f"ConvertSpec ranks={ranks}, rope_width={spec.rope_width}: this layer allows at "
                             f"most {width} (2*G*Dh) and {width // 2} (G*Dh)")
+        warn_of_hazards(moments, spec, layer)
+        if spec.qk_norm != "exact":
+            gqa, moments = linear_norms(gqa, moments, spec.qk_norm)
         new = cls(gqa.hidden, gqa.heads, gqa.kv_heads, gqa.head_dim, gqa.eps, spec.rope_width, ranks)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            setattr(new, name, copy.deepcopy(getattr(gqa, name)))
         new.to(gqa.k_proj.weight)                       # maps are computed in fp64 and cast once, when copied
-        new.load_state_dict(gqa.state_dict(), strict=False)
-        encode_rope, decode_rope, query, new.slots = rope_split(gqa, moments, spec)
-        nope = torch.eye(width, dtype=torch.float64, device=query.device)              # [k; v] -> [k_nope; v]
-        nope[:width // 2, :width // 2] -= decode_rope @ encode_rope
+        split = encode_rope, _, query, new.slots = rope_split(gqa, moments, spec)
         new.query.copy_(query)
         weights, biases = [], []
         for m, rank in enumerate(ranks):
-            count, mean, cov = moments.statistics(m if spec.modality == "segments" else None)
-            if spec.modality == "segments" and count < 10 * rank:
-                name = ("text", "vision")[m]
-                warnings.warn(f"layer {layer}: {int(count)} {name} tokens of calibration for rank {rank}, at "
-                              f"least {10 * rank} are needed: the basis of both modalities together is used "
-                              f"instead; calibrate on more {name} to get its own", stacklevel=3)
-                count, mean, cov = moments.statistics(None)
-            mean, cov = nope @ mean, nope @ cov @ nope.mT
-            metric = error_metric(gqa, moments, query[..., :gqa.head_dim], cov, spec.metric)
-            value, vector = torch.linalg.eigh(metric)
-            A, inverse = (vector * value.sqrt()) @ vector.mT, (vector / value.sqrt()) @ vector.mT
-            basis = torch.linalg.eigh(A @ cov @ A).eigenvectors[:, -rank:].flip(1)       # (2GDh,R)
-            weights.append(basis.mT @ A @ nope)
-            biases.append(-basis.mT @ A @ mean)
-            new.decode[m].weight.copy_(inverse @ basis)
-            new.decode[m].bias.copy_(mean)
+            value, down, down_bias, up, up_bias = content_pca(gqa, moments, spec, split, m, rank)
+            held = int((value > 1e-9 * value[0]).sum())
+            if rank > held:
+                warnings.warn(f"layer {layer}: rank {rank} for {MODALITIES[m]}, but the calibrated content has only "
+                              f"{held} directions: lower the rank, or calibrate on more varied data", stacklevel=2)
+            weights.append(down)
+            biases.append(down_bias)
+            new.decode[m].weight.copy_(up)
+            new.decode[m].bias.copy_(up_bias)
         new.encode.weight.copy_(torch.cat([*weights, F.pad(encode_rope, (0, width // 2))]))
         new.encode.bias.copy_(F.pad(torch.cat(biases), (0, spec.rope_width)))
         return new
+
+    @torch.no_grad()
+    def fold(self):
+        """This layer as the authors released theirs (`Released`), all maps multiplied out: the same output."""
+        H, G, Dh, P, R = self.heads, self.kv_heads, self.head_dim, self.rope_width, self.ranks[0]
+        one = torch.equal(self.decode[0].weight, self.decode[-1].weight) and not any(d.bias.any() for d in self.decode)
+        if not (one and isinstance(self.k_norm, nn.Identity) and self.slots.tolist() == list(range(Dh // 2))):
+            raise UserError(f"fold: this layer does not fit into the released layout; convert with rope_width={Dh}, "
+                            "slots='uniform', modality='shared' and qk_norm='affine' or 'const'")
+        new = Released(self.hidden, H, Dh, P, R).to(self.o_proj.weight)
+        x = torch.eye(self.hidden + 1)[None, :, 1:].to(self.o_proj.weight).double()      # 0, e_1, …, e_D: every map is
+        q_nope, q_rope, (c, _), k_rope = copy.deepcopy(self).double().maps(x)            # affine, f(x) = W x + b
+        pairs = torch.arange(P).view(2, -1).T.flatten()                                  # halves -> re, im, re, im, …
+        q = torch.cat([q_nope, q_rope[..., pairs]], -1) * ((Dh + P) / Dh) ** 0.5         # it scales by (Dh+P)^-½
+        rows = torch.cat([c, k_rope[..., pairs]], -1)
+        for linear, y in ((new.q_proj, q[0].transpose(0, 1).flatten(1)), (new.kv_a_proj_with_mqa, rows[0])):
+            linear.weight.copy_((y[1:] - y[0]).mT)                                       # y (1+D,·)
+            linear.bias.copy_(y[0])
+        up = self.decode[0].weight.view(2, G, Dh, R).repeat_interleave(H // G, 1)        # (2,H,Dh,R)
+        new.kv_b_proj.weight.copy_(up.transpose(0, 1).flatten(0, 2))
+        new.o_proj.weight.copy_(self.o_proj.weight)
+        return new
+
+
+class Released(M2LA):
+    """The released layer (its names and shapes), M²LA with linear maps only: both modalities share rank and decoder,
+    every query head has a decoder of its own, and RoPE pairs lie side by side: re, im, re, im, …"""
+
+    def __init__(self, hidden, heads, head_dim, rope_width, rank):
+        nn.Module.__init__(self)
+        self.hidden, self.heads, self.kv_heads, self.head_dim = hidden, heads, heads, head_dim
+        self.rope_width, self.ranks, self.scale = rope_width, (rank, rank), (head_dim + rope_width) ** -0.5
+        self.q_proj = nn.Linear(hidden, heads * (head_dim + rope_width))                 # per head [nope | rope]
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + rope_width)                   # [c | k_rope]
+        self.kv_b_proj = nn.Linear(rank, heads * 2 * head_dim, bias=False)               # per head [k_nope | v]
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.slots = slice(None)                                                         # every frequency, once
+
+    def maps(self, x):
+        halves = [*range(0, self.rope_width, 2), *range(1, self.rope_width, 2)]
+        q = self.q_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                # (B,H,T,Dh+P)
+        c, k_rope = self.kv_a_proj_with_mqa(x).split([self.ranks[0], self.rope_width], -1)
+        return q[..., :self.head_dim], q[..., self.head_dim:][..., halves], [c, c], k_rope[..., halves]
+
+    def decoders(self):
+        weight = self.kv_b_proj.weight.unflatten(0, (self.heads, 2, -1)).transpose(0, 1).flatten(0, 2)
+        return [(weight, torch.zeros_like(weight[:, 0]))] * 2
 
 
 # --------------------------------------------------------------------------- calibration and conversion
@@ -486,28 +529,32 @@ class ConvertSpec:
     """What a GQA layer becomes. Defaults are the best measured choices; the others are there to compare."""
     rope_width: int                      # P, even; 2 values per complex slot
     ranks: tuple                         # (R_text, R_vision), or one such pair per layer
+    qk_norm: str = "exact"               # "exact" | "affine", "const": the paper's Global-Norm-Linear (§3.2.3)
     rope_basis: str = "unitary"  # "unitary" | "real": matrices across heads at one frequency (TransMLA: real)
-    slots: str = "realloc"               # "realloc" | "uniform": as many slots for each frequency
+    slots: str = "realloc"         # "realloc" | "uniform": as many for each frequency, the keys' energy decides
     gain: bool = True                    # content channels get the mean turn that RoPE would have given them
     metric: str = "qa"             # "qa" (queries and W_o) | "balance" (K against V) | "identity" (plain PCA)
-    modality: str = "segments"           # "segments" | "shared": one basis for text and vision
+    modality: str = "segments"           # "segments" | "adapters", "shared": one basis, with or without adapters
+    budget: str = "greedy"               # how `convert_layers` deals out the ranks: "greedy" | "uniform"
+    step: int = 16                       # … in multiples of this
+    length: int = 0                      # tokens the model is meant for; 0: do not compare calibration with it
 
     def __post_init__(self):
-        choices = dict(rope_basis=("unitary", "real"), slots=("realloc", "uniform"), gain=(True, False),
-                       metric=("qa", "balance", "identity"), modality=("segments", "shared"))
+        choices = dict(qk_norm=("exact", "affine", "const"), rope_basis=("unitary", "real"),
+                       slots=("realloc", "uniform"), gain=(True, False), metric=("qa", "balance", "identity"),
+                       modality=("segments", "adapters", "shared"), budget=("greedy", "uniform"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
         if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
             raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
-        single = isinstance(self.ranks, (tuple, list)) and all(isinstance(r, int) for r in self.ranks)
-        pairs = [self.ranks] if single else self.ranks
-        if not isinstance(pairs, (tuple, list)) or not all(
-                isinstance(pair, (tuple, list)) and len(pair) == 2
-                and all(isinstance(r, int) and r > 0 for r in pair) for pair in pairs):
-            raise UserError(f"ConvertSpec ranks={self.ranks!r}: use (text, vision), two positive numbers, or "
-                            "a list of such pairs, one per layer")
-        self.ranks = tuple(self.ranks) if single else tuple(tuple(pair) for pair in pairs)
+        try:
+            ranks = torch.tensor(self.ranks)
+            assert ranks.dtype == torch.long and ranks.dim() in (1, 2) and ranks.shape[-1] == 2 and ranks.min() > 0
+        except (AssertionError, TypeError, ValueError):
+            raise UserError(f"ConvertSpec ranks={self.ranks!r}: use (text, vision), two positive numbers, or a list of "
+                            "such pairs, one per layer") from None
+        self.ranks = tuple(tuple(r) if isinstance(r, list) else r for r in ranks.tolist())
 
     def layer_ranks(self, layer):
         if isinstance(self.ranks[0], int):
@@ -519,17 +566,22 @@ class ConvertSpec:
 
 
 class Moments:
-    """What calibration keeps of one layer, in fp64, whatever the number of tokens. z = [k; v] before RoPE."""
-    def __init__(self, gqa):
+    """What calibration keeps of one layer: sums, in fp64, of one size whatever the number of tokens. z = [k; v] before
+    RoPE; with `raw`, which linear norms are fitted to, [k; v; k before its norm; 1]."""
+    def __init__(self, gqa, raw=False):
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float64, device=gqa.k_proj.weight.device)
         heads, head_dim, width = gqa.heads, gqa.head_dim, 2 * gqa.kv_heads * gqa.head_dim
+        width += raw * (width // 2 + 1)
         self.count, self.first, self.second = zeros(2), zeros(2, width), zeros(2, width, width)  # by modality
         self.query = zeros(heads, head_dim, head_dim)                    # sum of q qᵀ, before RoPE
         self.turn, self.energy = zeros(2, heads, head_dim // 2), zeros(heads, head_dim // 2)    # add_turns
+        self.seen = zeros(2)                                             # tokens n that a query sees: sums of n, n²
+        if raw:
+            self.raw_query = zeros(heads, 2 * head_dim + 1, 2 * head_dim + 1)    # of [q; q before its norm; 1]
 
     def statistics(self, modality=None):
-        """Number of tokens, mean (2GDh,) and centred covariance (2GDh,2GDh) of z; None = both modalities."""
+        """Number of tokens, mean (Z,) and centred covariance (Z,Z) of z; None = both modalities."""
         pick = slice(None) if modality is None else slice(modality, modality + 1)
         count = self.count[pick].sum()
         mean, second = self.first[pick].sum(0) / count, self.second[pick].sum(0) / count
@@ -539,12 +591,12 @@ class Moments:
 class Calibration:
     """with Calibration([layer.self_attn, …]) as calibration: ordinary forwards -> .moments, one per layer.
     Use samples as long as the model will meet (gains and slots depend on distances) and at least 10*R tokens
-    of each modality. For padded batches set calibration.valid, (B,T) bool, before each forward.
-    """
+    of each modality. For padded batches set calibration.valid, (B,T) bool, before each forward. raw=True also keeps
+    what ConvertSpec.qk_norm other than "exact" needs."""
 
-    def __init__(self, modules):
-        self.modules, self.valid = list(modules), None
-        self.moments = [Moments(module) for module in self.modules]
+    def __init__(self, modules, raw=False):
+        self.modules, self.valid, self.raw = list(modules), None, raw
+        self.moments = [Moments(module, raw) for module in self.modules]
 
     def __enter__(self):
         def hook(moments):
@@ -565,6 +617,11 @@ class Calibration:
         mask = mask.mask if isinstance(mask, Blocks) else mask
         valid = torch.ones_like(vision) if self.valid is None else self.valid
         z = torch.cat([k, v], 2).flatten(2)
+        if self.raw:
+            raw_q, one = gqa.q_proj(x).view_as(q), torch.ones_like(q[..., :1])
+            z = torch.cat([z, gqa.k_proj(x), one[:, :, 0]], 2)
+            rows = torch.cat([q, raw_q, one], 3)[valid].double()
+            moments.raw_query += torch.einsum("nhd,nhe->hde", rows, rows)
         for m in range(2):
             rows = z[valid & (vision == bool(m))].double()
             moments.count[m] += len(rows)
@@ -591,8 +648,11 @@ class Calibration:
             part = slice(start, start + 512)
             seen = causal[part] if mask is None else mask[:, :, part]                    # (…,t,T)
             score = q_turned[:, part].transpose(1, 2) @ k_turned.mT * gqa.scale          # (B,H,t,T)
+            count = seen.sum(-1, keepdim=True)
             weight = score.masked_fill(~seen, -1e9).softmax(-1)
-            weight = (weight + seen / seen.sum(-1, keepdim=True).clamp_min(1)) / 2
+            weight = (weight + seen / count.clamp_min(1)) / 2
+            n = count.expand(B, 1, -1, 1)[:, 0, :, 0][valid[:, part]].double()
+            moments.seen += torch.stack([n.sum(), n.square().sum()])
             mean = (weight @ keys).transpose(1, 2).unflatten(-1, (3, -1)) * q_power[:, part, :, None]
             re, im, energy = mean.double().unbind(3)                                     # (B,t,H,L)
             c, s = cos[:, part, None].double(), sin[:, part, None].double()            # times e^{-iθ p_query}
@@ -603,12 +663,8 @@ class Calibration:
 def complex_map(weight, columns, width):
     """Complex weights (S,G), slot s taking frequency columns[s] of every head -> the real matrix (2S,width)
     that does the same to vectors in halves: slots as [re | im], each of the G heads as [re | im]."""
-    S, G = weight.shape
-    out = torch.zeros(2, S, G, 2, width // (2 * G), dtype=torch.float64, device=weight.device)
-    s = torch.arange(S, device=weight.device)
-    out[0, s, :, 0, columns], out[0, s, :, 1, columns] = weight.real, -weight.imag
-    out[1, s, :, 0, columns], out[1, s, :, 1, columns] = weight.imag, weight.real
-    return out.view(2 * S, width)
+    z = F.one_hot(columns, width // (2 * weight.shape[1]))[:, None] * weight[:, :, None]    # (S,G,L)
+    return torch.stack([torch.stack([z.real, -z.imag], 2), torch.stack([z.imag, z.real], 2)]).reshape(-1, width)
 
 
 def rope_split(gqa, moments, spec):
@@ -618,14 +674,17 @@ def rope_split(gqa, moments, spec):
     complex matrix across heads commutes with it. The eigenvectors u of E[wκ (wκ)ᴴ] give the best one:
         k_rope[s] = Σ_g conj(u_g) w_g κ_g,   κ_g ≈ (u_g / w_g) k_rope[s],   q_rope[s] = q conj(u_g / w_g)
     The rest, k_nope = k - decode encode k, is content, whose queries take only RoPE's mean turn α: q_nope =
-    conj(α) q. w_g² = Σ_{h∈g} E|q|² (1 - |α|²) is the harm of leaving (g,l) there. α: Calibration.add_turns.
-    """
+    conj(α) q. w_g² = Σ_{h∈g} E|q|² (1 - |α|²) is the harm of leaving (g,l) there, so the S slots of largest
+    eigenvalue are kept, of whatever frequency. α: Calibration.add_turns. Published methods (slots="uniform") keep
+    as many for each frequency and look at the keys' energy alone (w = 1)."""
     G, L, S = gqa.kv_heads, gqa.head_dim // 2, spec.rope_width // 2
     tokens, K = moments.count.sum(), gqa.kv_heads * gqa.head_dim
     alpha = torch.complex(*moments.turn) / moments.energy.clamp_min(1e-30)                   # (H,L)
     q_power = moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (2, L)).sum(1) / tokens    # (H,L)
     harm = q_power * (1 - alpha.abs().square()).clamp_min(1e-4)
     w = harm.unflatten(0, (G, -1)).sum(1).clamp_min(1e-12).sqrt().mT                         # (L,G)
+    if spec.slots == "uniform":
+        w = torch.ones_like(w)
     k = (moments.second.sum(0)[:K, :K] / tokens).view(G, 2, L, G, 2, L)
     k = k.diagonal(dim1=2, dim2=5).permute(4, 0, 2, 1, 3)                                    # (L,G,G,2,2)
     C = torch.complex(k[..., 0, 0] + k[..., 1, 1], k[..., 1, 0] - k[..., 0, 1])              # E[κ κᴴ] (L,G,G)
@@ -652,18 +711,157 @@ def rope_split(gqa, moments, spec):
 
 
 def error_metric(gqa, moments, turn, cov, kind):
-    """What an error e of x = [k_nope; v] costs, as a (2GDh,2GDh) form. "qa": in a key Σ_h E[(q_nope·e)²], in
-    a value Σ_h |W_o e|², each relative to its total, which also balances keys against values."""
-    K, G = cov.shape[0] // 2, gqa.kv_heads
-    parts = [torch.eye(K, dtype=cov.dtype, device=cov.device)] * 2
+    """What an error e of x = [k_nope; v] costs, as a form (2G,Dh,Dh) on each KV head's key and value. "qa": in a key
+    Σ_h E[(q_nope·e)²], in a value Σ_h |W_o e|², each relative to its total, which also balances keys against values."""
+    G, Dh, tokens = gqa.kv_heads, gqa.head_dim, moments.count.sum()
+    eye = torch.eye(Dh).to(cov)
+    form = eye.expand(2, G, Dh, Dh)
     if kind == "identity":
-        return torch.block_diag(*parts)
+        return form.flatten(0, 1)
     if kind == "qa":
-        w_o = gqa.o_proj.weight.double().unflatten(1, (gqa.heads, gqa.head_dim))             # (D,H,Dh)
-        for_k = turn.mT @ (moments.query / moments.count.sum()) @ turn                       # (H,Dh,Dh)
-        for_v = torch.einsum("ohd,ohe->hde", w_o, w_o)
-        parts = [torch.block_diag(*heads.unflatten(0, (G, -1)).sum(1)) for heads in (for_k, for_v)]
-        parts = [part + 1e-8 * part.trace() / K * torch.eye(K).to(part) for part in parts]   # invertible
-    sizes = [(part * c).sum() + 1e-6 * part.trace() for part, c in zip(parts, (cov[:K, :K], cov[K:, K:]))]
-    metric = torch.block_diag(*(part / size for part, size in zip(parts, sizes)))
-    return metric * (2 * K / metric.trace())                       # so that the latent is about as large as x
+        w_o = gqa.o_proj.weight.double().unflatten(1, (gqa.heads, Dh))                       # (D,H,Dh)
+        form = torch.stack([turn.mT @ (moments.query / tokens) @ turn, torch.einsum("ohd,ohe->hde", w_o, w_o)])
+        form = form.unflatten(1, (G, -1)).sum(2)                                             # (2,G,Dh,Dh)
+        form = form + 1e-8 * trace(form) / (G * Dh) * eye                                    # invertible
+    own = cov.view(2 * G, Dh, 2 * G, Dh).diagonal(dim1=0, dim2=2).permute(2, 0, 1).view(2, G, Dh, Dh)
+    form = form / ((form * own).sum((1, 2, 3), keepdim=True) + 1e-6 * trace(form))
+    return (form * (2 * G * Dh / trace(form).sum())).flatten(0, 1)         # so that the latent is about as large as x
+
+
+def trace(form):                                                                             # (2,G,Dh,Dh) -> (2,1,1,1)
+    return form.diagonal(dim1=2, dim2=3).sum((1, 2))[:, None, None, None]
+
+
+def content_pca(gqa, moments, spec, split, modality, rank=None):
+    """The latent of the content x = [k_nope; v] = nope z: joint PCA that minimises E|A (x - x')|², where A² =
+    `error_metric` says what the layer makes of an error:
+        A Cov(x) A = E Λ Eᵀ,   c = E_Rᵀ A (x - mean),   x' = A⁻¹ E_R c + mean
+    Both are linear in z. "segments": each modality has its own mean and basis, if 10*R tokens of it were seen.
+    "shared": one basis, around 0, so that no bias is needed; "adapters": then each modality corrects the latent by
+    an affine map before it is decoded, c' = B c + b, by least squares. (With exact norms B = 1: the PCA was best.)
+    -> eigenvalues Λ, descending; encoder weight (R,2GDh), bias (R,); decoder weight (2GDh,R), bias (2GDh,)."""
+    encode_rope, decode_rope, query, _ = split
+    K, width = gqa.kv_heads * gqa.head_dim, moments.first.shape[1]
+    rope = F.pad(decode_rope @ encode_rope, (0, width - K, 0, K))                # (2K,Z): what the RoPE key holds
+    nope = torch.eye(2 * K, width).to(rope) - rope
+    own = moments.count[modality] >= 10 * (rank or 1)
+    mean, cov = moments.statistics(modality if spec.modality == "segments" and own else None)[1:]
+    mean, cov = nope @ mean, nope @ cov @ nope.mT
+    if spec.modality != "segments":
+        mean, cov = torch.zeros_like(mean), cov + mean[:, None] * mean
+    value, vector = torch.linalg.eigh(error_metric(gqa, moments, query[..., :gqa.head_dim], cov, spec.metric))
+    root = value.sqrt()[:, None]                                                         # (2G,1,Dh)
+    A, inverse = (torch.block_diag(*half @ vector.mT) for half in (vector * root, vector / root))
+    value, vector = torch.linalg.eigh(A @ cov @ A)                                       # ascending
+    basis = vector.flip(1)[:, :rank]                                                     # (2GDh,R)
+    down, up = basis.mT @ A @ nope, inverse @ basis
+    bias = -basis.mT @ A @ mean
+    if spec.modality == "adapters" and own:
+        target = nope.clone()
+        if spec.qk_norm != "exact":                          # what is missing of the exact key; see linear_norms
+            target[:K] += (torch.eye(K, width).roll(2 * K, 1) - torch.eye(K, width)).to(rope)
+        _, first, cov = moments.statistics(modality)
+        B = basis.mT @ A @ target @ cov @ down.mT @ torch.linalg.pinv(down @ cov @ down.mT, hermitian=True)
+        mean, up = up @ (basis.mT @ A @ target - B @ down) @ first, up @ B
+    return value.flip(0), down[:, :2 * K], bias, up, mean
+
+
+def linear_norms(gqa, moments, kind):
+    """Global-Norm-Linear (§3.2.3): RMSNorm of a head ≈ a linear map of its input u, by least squares over the
+    calibration: "const" γ u / μ with one number μ a head, "affine" any matrix and bias a head.
+    -> the layer with that in q_proj and k_proj, and what calibration would have seen of it, z = [k; v; exact k; 1]
+    (adapters can make good a part of what the substitute lost)."""
+    if not hasattr(moments, "raw_query"):
+        raise UserError(f"ConvertSpec qk_norm={kind!r}: is fitted to raw moments, from Calibration(…, raw=True)")
+    d, K = gqa.head_dim, gqa.kv_heads * gqa.head_dim
+    gqa, new = copy.deepcopy(gqa), copy.copy(moments)
+
+    def substitute(name, y):
+        """y (heads,2Dh+1,2Dh+1), second moments of [norm(u); u; 1] -> the map [W | b] (heads,Dh,Dh+1)"""
+        gamma, old = getattr(gqa, f"{name}_norm").weight.double(), getattr(gqa, f"{name}_proj").weight
+        if kind == "affine":
+            maps = y[:, :d, d:] @ torch.linalg.pinv(y[:, d:, d:], hermitian=True)
+        else:
+            cross, power = (part.diagonal(dim1=1, dim2=2) for part in (y[:, :d, d:-1], y[:, d:-1, d:-1]))
+            mu = (gamma.square() * power).sum(1) / (gamma * cross).sum(1)
+            maps = F.pad(torch.diag_embed(gamma / mu[:, None]), (0, 1))
+        linear = nn.Linear(gqa.hidden, len(old)).to(old)
+        linear.weight.copy_((maps[..., :d] @ old.double().unflatten(0, (-1, d))).flatten(0, 1))
+        linear.bias.copy_(maps[..., d].flatten())
+        setattr(gqa, f"{name}_proj", linear)
+        setattr(gqa, f"{name}_norm", nn.Identity())
+        return maps
+
+    maps = substitute("q", moments.raw_query)
+    new.query = maps @ moments.raw_query[:, d:, d:] @ maps.mT
+    head = torch.arange(K, device=maps.device).view(-1, d)
+    own = torch.cat([head, head + 2 * K, torch.full_like(head[:, :1], 3 * K)], 1)        # a head's [k; u; 1] in z
+    maps = substitute("k", moments.second.sum(0)[own[:, :, None], own[:, None]])
+    one = torch.eye(3 * K + 1).to(maps)
+    k = F.pad(torch.cat([torch.block_diag(*maps[..., :d]), maps[..., d].reshape(-1, 1)], 1), (2 * K, 0))
+    T = torch.cat([k, one[K:2 * K], one[:K], one[3 * K:]])                               # [k; v; u; 1] -> new z
+    new.first, new.second = moments.first @ T.mT, T @ moments.second @ T.mT
+    return gqa, new
+
+
+def warn_of_hazards(moments, spec, layer):
+    """What makes a conversion worse than it needs to be: one warning each, with the number and the remedy."""
+    found, (n, squares) = [], moments.seen.tolist()
+    for name, count, rank in zip(MODALITIES, moments.count.tolist(), spec.layer_ranks(layer)):
+        if spec.modality != "shared" and count < 10 * rank:
+            found.append(f"{count:.0f} {name} tokens of calibration for rank {rank}, at least {10 * rank} are needed: "
+                         f"what both modalities share is used instead; calibrate on more {name} to get its own")
+    if (longest := 1.5 * squares / n) < spec.length / 4:                     # samples of L tokens: Σn² / Σn = 2/3 L
+        found.append(f"calibration samples of about {longest:.0f} tokens for a model of {spec.length}: gains and slots "
+                     "depend on distances, slow frequencies get no slots; calibrate on longer samples")
+    stats = [moments.statistics(m)[1:] for m in range(2) if moments.count[m] >= 100]
+    spread = [float(cov.trace() / (cov.trace() + mean.square().sum())) for mean, cov in stats]
+    if len(spread) == 2 and spread[1] < spread[0] / 2:
+        found.append(f"vision tokens differ by {spread[1]:.0%} of their energy, text tokens by {spread[0]:.0%}, as "
+                     "with an untrained vision path; train the path before converting")
+    for text in found:
+        warnings.warn(f"layer {layer}: {text}", stacklevel=3)
+
+
+def greedy_ranks(layers, moments, spec, damage=None):
+    """Ranks by layer and modality (§3.2.2), multiples of spec.step, at no more bytes per calibration token than
+    spec.ranks: the block of eigenvalues comes first that saves most harm per byte. An eigenvalue's harm is its share
+    of the layer's energy; or, with `damage`, a function that compares the model on some calibration batches with what
+    it was (KL in nats), it is measured: the damage of cutting only this layer and modality, per eigenvalue cut."""
+    count = sum(m.count for m in moments)
+    parts = [(0,), (1,)] if spec.modality == "segments" else [(0, 1)]                    # who shares a basis
+    share = [float(count[list(part)].sum() / count.sum()) for part in parts]             # of the tokens
+    blocks, ranks, left = [], [], 0.0
+    for i, (layer, m) in enumerate(zip(layers, moments)):
+        gqa, mean_ranks = layer.self_attn, spec.layer_ranks(i)
+        linear = (gqa, m) if spec.qk_norm == "exact" else linear_norms(gqa, m, spec.qk_norm)
+        split = rope_split(*linear, spec)
+        spectra = [content_pca(*linear, spec, split, part[0])[0].clamp_min(0) for part in parts]     # (2GDh,) each
+        energy = sum(s * float(spectrum.sum()) for s, spectrum in zip(share, spectra))
+        ranks.append([min(spec.step, r) for r in mean_ranks])
+        for part, s, spectrum in zip(parts, share, spectra):
+            width, harm = len(spectrum), s / energy
+            if damage:
+                cut = tuple(r if p in part else width for p, r in enumerate(mean_ranks))
+                layer.self_attn = M2LA.from_gqa(gqa, m, replace(spec, ranks=cut))
+                harm = damage() / float(spectrum[cut[part[0]]:].sum())
+                layer.self_attn = gqa
+            left += s * (mean_ranks[part[0]] - ranks[i][part[0]])
+            blocks += [(harm * float(spectrum[r:r + spec.step].sum()) / s, i, part, s)
+                       for r in range(spec.step, width, spec.step)]
+    for _, i, part, s in sorted(blocks, reverse=True):
+        if s * spec.step <= left + 1e-9:
+            left -= s * spec.step
+            for p in part:
+                ranks[i][p] += spec.step
+    return tuple(map(tuple, ranks))
+
+
+@torch.no_grad()
+def convert_layers(layers, moments, spec, damage=None):
+    """Puts M²LA in place of the GQA in each layer.self_attn -> spec with the ranks that each layer got."""
+    if spec.budget == "greedy":
+        spec = replace(spec, ranks=greedy_ranks(layers, moments, spec, damage))
+    for i, (layer, m) in enumerate(zip(layers, moments)):
+        layer.self_attn = M2LA.from_gqa(layer.self_attn, m, spec, i)
+    return spec

@@ -1,4 +1,5 @@
 """m2la.py: RoPE, GQA, the latent kernel, caches, calibration, conversion: each against an independent computation."""
+import itertools
 import math
 import warnings
 
@@ -6,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import m2la
+from iv3 import Config
 from m2la import GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge, mrope
 
 HIDDEN, HEADS, KV, DH, THETA, SECTIONS = 64, 4, 2, 16, 1e4, (4, 2, 2)
@@ -324,7 +327,7 @@ def test_cache_bytes_and_overflow():
 def converted(spec, gqa=None, T=200, B=8, layer_index=0):
     gqa = gqa or layer("gqa")
     x, rope, vision = sample(B, T)
-    with torch.no_grad(), Calibration([gqa]) as calibration:
+    with torch.no_grad(), Calibration([gqa], raw=True) as calibration:
         target = gqa(x, rope, vision)
     module = M2LA.from_gqa(gqa, calibration.moments[0], spec, layer_index)
     with torch.no_grad():
@@ -368,8 +371,10 @@ def test_each_idea_of_the_default_helps():
         torch.manual_seed(1)                                                             # the same data for all
         return converted(ConvertSpec(**base, **change), gqa)[1]
     best = error()
-    for worse in (dict(slots="uniform"), dict(gain=False), dict(metric="identity"), dict(modality="shared")):
+    for worse in (dict(slots="uniform"), dict(gain=False), dict(metric="balance"), dict(metric="identity"),
+                  dict(modality="shared"), dict(rope_basis="real"), dict(qk_norm="affine"), dict(qk_norm="const")):
         assert best < error(**worse), worse
+    assert error(qk_norm="affine") < error(qk_norm="const")
 
 
 def test_values_that_w_o_ignores_cost_nothing():
@@ -378,6 +383,172 @@ def test_values_that_w_o_ignores_cost_nothing():
         gqa.o_proj.weight[:, ::2] = 0                                                    # half of the value channels
     assert converted(ConvertSpec(**spec), gqa)[1] < 1e-3
     assert converted(ConvertSpec(**spec, metric="balance"), gqa)[1] > 0.05
+
+
+@pytest.mark.parametrize("kind", ["const", "affine"])
+@torch.no_grad()
+def test_linear_norms_are_a_least_squares_fit(kind):
+    """Head by head against lstsq; and the moments are those that calibrating on the substitute itself gives."""
+    gqa, (x, rope, vision) = layer("gqa"), sample(4, 60)
+    with Calibration([gqa], raw=True) as calibration:
+        gqa(x, rope, vision)
+    linear, moments = m2la.linear_norms(gqa, calibration.moments[0], kind)
+    with Calibration([linear]) as again:
+        linear(x, rope, vision)
+    for name in ("count", "first", "second", "query"):
+        width = slice(None) if name in ("count", "query") else slice(FULL)
+        expected = getattr(again.moments[0], name)
+        close(getattr(moments, name)[..., width][:, width] if name == "second" else getattr(moments, name)[..., width],
+              expected, 1e-9)
+    for raw, exact, fitted in zip((gqa.q_proj(x), gqa.k_proj(x)), gqa.project(x), linear.project(x)):
+        for h in range(exact.shape[2]):
+            u, y = raw.unflatten(2, (-1, DH))[:, :, h].flatten(0, 1), exact[:, :, h].flatten(0, 1)
+            if kind == "affine":
+                u = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+                best = u @ torch.linalg.lstsq(u, y).solution
+            else:
+                gamma = (gqa.q_norm if raw.shape[-1] == HEADS * DH else gqa.k_norm).weight
+                u = (u * gamma).reshape(-1, 1)
+                best = (u @ torch.linalg.lstsq(u, y.reshape(-1, 1)).solution).view_as(y)
+            close(fitted[:, :, h].flatten(0, 1), best, 1e-9)
+
+
+def test_adapters_help_linear_norms_only():
+    """On an exact latent the best adapter is none; after linear norms it brings back a part of what they lost."""
+    gqa, base = layer("gqa"), dict(rope_width=16, ranks=(20, 20))
+
+    def out(**change):
+        torch.manual_seed(1)
+        return converted(ConvertSpec(**base, **change), gqa)
+    (shared, _, (_, x, rope, vision, _)), (adapted, *_) = out(modality="shared"), out(modality="adapters")
+    close(adapted(x, rope, vision), shared(x, rope, vision), 1e-6)
+    for kind in ("const", "affine"):
+        assert out(modality="adapters", qk_norm=kind)[1] < out(modality="shared", qk_norm=kind)[1]
+
+
+def released_forward(state, x, rope, head_dim, rank):
+    """The released layer from its description (paper §3.2): pairs side by side, one head at a time."""
+    phase = torch.complex(*rope).to(torch.complex128)                                    # (B,T,Dh/2)
+    w = {name: value.double() for name, value in state.items()}
+
+    def turned(pairs):                                                                   # (B,T,P) -> complex (B,T,P/2)
+        return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous()) * phase
+    row = x @ w["kv_a_proj_with_mqa.weight"].mT + w["kv_a_proj_with_mqa.bias"]
+    c, k_rope = row[..., :rank], turned(row[..., rank:])
+    q = (x @ w["q_proj.weight"].mT + w["q_proj.bias"]).unflatten(2, (HEADS, -1))
+    kv = (c @ w["kv_b_proj.weight"].mT).unflatten(2, (HEADS, -1))
+    outs = []
+    for h in range(HEADS):
+        score = q[:, :, h, :head_dim] @ kv[:, :, h, :head_dim].mT
+        score = score + (turned(q[:, :, h, head_dim:]) @ k_rope.conj().mT).real
+        score = score * (q.shape[-1]) ** -0.5 + torch.full(score.shape[1:], -math.inf, dtype=torch.float64).triu(1)
+        outs.append(score.softmax(-1) @ kv[:, :, h, head_dim:])
+    return torch.cat(outs, -1) @ w["o_proj.weight"].mT
+
+
+@pytest.mark.parametrize("kind", ["const", "affine"])
+@torch.no_grad()
+def test_fold_equals_the_linear_layer(kind):
+    spec = ConvertSpec(DH, (24, 24), qk_norm=kind, modality="shared", slots="uniform")
+    module, _, (_, x, rope, vision, _) = converted(spec, T=40)
+    folded, expected = module.fold(), module(x, rope, vision)
+    shapes = {name: tuple(value.shape) for name, value in folded.state_dict().items()}
+    assert shapes == {"q_proj.weight": (HEADS * 2 * DH, HIDDEN), "q_proj.bias": (HEADS * 2 * DH,),
+                      "kv_a_proj_with_mqa.weight": (24 + DH, HIDDEN), "kv_a_proj_with_mqa.bias": (24 + DH,),
+                      "kv_b_proj.weight": (HEADS * 2 * DH, 24), "o_proj.weight": (HIDDEN, HEADS * DH)}
+    close(folded(x, rope, vision), expected, 1e-9)
+    close(released_forward(folded.state_dict(), x, rope, DH, 24), expected, 1e-6)        # fp32 angles
+    cache = LatentCache([(24, 24)], DH, 8, (40, 40), torch.float64)
+    parts = [feed(folded, cache, x, rope, vision, a, b) for a, b in ((0, 20), (20, 22), (22, 40))]
+    close(torch.cat(parts, 1), expected, 1e-9)
+
+
+@pytest.mark.parametrize("change,word", [
+    (dict(qk_norm="exact"), "qk_norm=.affine."), (dict(modality="adapters"), "modality='shared'"),
+    (dict(slots="realloc"), "slots='uniform'"), (dict(rope_width=2 * DH), "rope_width=16")])
+def test_fold_says_what_does_not_fit(change, word):
+    spec = dict(rope_width=DH, ranks=(12, 12), qk_norm="affine", modality="shared", slots="uniform")
+    with pytest.raises(UserError, match=word):
+        converted(ConvertSpec(**{**spec, **change}), T=40)[0].fold()
+
+
+def two_layers(T=100):
+    """Decoder layers that hold GQA, the second with keys of fewer directions, and their moments."""
+    layers = [torch.nn.Module(), torch.nn.Module()]
+    for part in layers:
+        part.self_attn = layer("gqa")
+    with torch.no_grad():
+        layers[1].self_attn.k_proj.weight[4:] *= 1e-3
+        layers[1].self_attn.v_proj.weight[8:] *= 1e-2
+    x, rope, vision = sample(4, T)
+    with torch.no_grad(), Calibration([part.self_attn for part in layers]) as calibration:
+        for part in layers:
+            part.self_attn(x, rope, vision)
+    return layers, calibration.moments
+
+
+@pytest.mark.parametrize("modality", ["segments", "shared"])
+def test_greedy_ranks_are_the_best_of_all(modality):
+    """No other allocation of the same budget keeps more of the layers' energy: all are tried."""
+    layers, moments = two_layers()
+    spec = ConvertSpec(16, (24, 24), step=8, modality=modality)
+    ranks = m2la.greedy_ranks(layers, moments, spec)
+    kept = []                                                                            # per layer and modality
+    for part, m in zip(layers, moments):
+        split = m2la.rope_split(part.self_attn, m, spec)
+        spectra = [m2la.content_pca(part.self_attn, m, spec, split, i)[0] for i in range(2)]
+        kept.append([torch.cat([torch.zeros(1), s.cumsum(0)]) / sum(s.sum() for s in spectra) for s in spectra])
+    pairs = [(a, b) for a in range(8, 57, 8) for b in range(8, 57, 8) if modality == "segments" or a == b]
+    best = max(sum(float(kept[i][p][pair[p]]) for i, pair in enumerate(both) for p in range(2))
+               for both in itertools.product(pairs, pairs) if sum(map(sum, both)) <= 4 * 24)
+    assert sum(map(sum, ranks)) == 4 * 24 and ranks != ((24, 24), (24, 24))
+    assert sum(float(kept[i][p][pair[p]]) for i, pair in enumerate(ranks) for p in range(2)) > best - 1e-9
+
+
+def test_measured_damage_decides_the_ranks():
+    layers, moments = two_layers()
+    gqa = [part.self_attn for part in layers]
+
+    def damage():                                                                        # the model needs layer 1, text
+        second = layers[1].self_attn
+        return 1.0 if isinstance(second, M2LA) and second.ranks[0] < FULL else 1e-3
+    spec = m2la.convert_layers(layers, moments, ConvertSpec(16, (16, 16), step=8), damage)
+    assert spec.ranks[1][0] >= 32 and sum(map(sum, spec.ranks)) == 64
+    assert [part.self_attn.ranks for part in layers] == list(spec.ranks)
+    for part, source in zip(layers, gqa):
+        part.self_attn = source
+    assert m2la.convert_layers(layers, moments, ConvertSpec(16, (16, 16), budget="uniform")).ranks == (16, 16)
+
+
+@torch.no_grad()
+def test_hazards_are_named_with_their_number():
+    def messages(spec, change=None, T=200):
+        gqa, (x, rope, vision) = layer("gqa"), sample(4, T)
+        if change:
+            x = change(x, vision)
+        with Calibration([gqa]) as calibration:
+            gqa(x, rope, vision)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            M2LA.from_gqa(gqa, calibration.moments[0], spec, 5)
+        return [str(w.message) for w in caught]
+    assert messages(ConvertSpec(16, (8, 8), length=800)) == []
+    short, = messages(ConvertSpec(16, (8, 8), length=4096))
+    assert short.startswith("layer 5: calibration samples of about 20") and "4096" in short and "longer" in short
+    same = torch.randn(HIDDEN).double()                                                  # all vision tokens alike
+    blind, = messages(ConvertSpec(16, (8, 8)), lambda x, vision: torch.where(vision[..., None], same + 0.1 * x, x))
+    assert "vision tokens differ by" in blind and "train the path" in blind
+    narrow = torch.randn(5, HIDDEN).double()
+    held = messages(ConvertSpec(16, (40, 40)), lambda x, vision: x[..., :5] @ narrow)
+    assert any("rank 40 for text, but" in m and "more varied data" in m for m in held)
+
+
+def test_linear_norms_need_raw_moments():
+    gqa, (x, rope, vision) = layer("gqa"), sample()
+    with torch.no_grad(), Calibration([gqa]) as calibration:
+        gqa(x, rope, vision)
+    with pytest.raises(UserError, match="raw=True"):
+        M2LA.from_gqa(gqa, calibration.moments[0], ConvertSpec(16, (2, 2), qk_norm="const"))
 
 
 def test_unitary_basis_joins_heads_that_differ_by_a_phase():
@@ -439,7 +610,7 @@ def test_conversion_without_calibration_is_refused():
 @pytest.mark.parametrize("field,value", [
     ("rope_width", 7), ("rope_width", 0), ("rope_width", "32"), ("ranks", (8,)), ("ranks", (8, 0)), ("ranks", 8),
     ("ranks", []), ("ranks", [(8, 8), (8,)]), ("ranks", (8, 8.5)), ("rope_basis", "complex"), ("slots", "greedy"),
-    ("gain", "yes"), ("metric", "fisher"), ("modality", "audio")])
+    ("gain", "yes"), ("metric", "fisher"), ("modality", "audio"), ("qk_norm", "none"), ("budget", "best")])
 def test_bad_spec_names_the_field(field, value):
     with pytest.raises(UserError, match=f"ConvertSpec {field}"):
         ConvertSpec(**{"rope_width": 16, "ranks": (8, 8), field: value})
@@ -475,3 +646,19 @@ def test_state_round_trip():
     fresh = M2LA(HIDDEN, HEADS, KV, DH, 1e-6, 16, (12, 20)).double()
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(x, rope, vision), module(x, rope, vision))
+
+
+@torch.no_grad()
+def test_conversion_bench_rows():
+    """The bench's order, equal bytes in all rows, and on a random layer the default ahead of what is published."""
+    rows = evaluation.conversion_rows()
+    assert list(rows)[:2] == ["transmla", "care"] and list(rows)[-2:] == ["paper", "default"]
+    assert {k: v for k, v in rows["default"].items() if k != "probe"} == rows["+ greedy by energy"]
+    bench = evaluation.RandomLayer(Config.preset("tiny"), 0)
+    for choices in rows.values():
+        for share in (0.3, 0.5):
+            spec = evaluation.spec_of(choices, bench.gqa, share)
+            assert spec.rope_width + sum(spec.ranks) / 2 == int(share * 128)
+    error = {name: bench.run(choices, 0.5)["random_out_err"] for name, choices in rows.items()}
+    assert error["default"] < 0.8 * min(error[name] for name in ("transmla", "care", "paper")), error
+    assert error["default"] < 1.05 * min(error.values()), error
