@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
-import m2la
-from m2la import GQA, M2LA, KVCache, LatentCache, UserError, mrope
+from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope
 
 
 class MediaError(UserError):
@@ -300,7 +299,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         sizes = cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps
         if cfg.attn == "released":
-            self.self_attn = m2la.Released(cfg.hidden, cfg.heads, cfg.head_dim, cfg.rope_width, cfg.ranks[index][0])
+            self.self_attn = Released(cfg.hidden, cfg.heads, cfg.head_dim, cfg.rope_width, cfg.ranks[index][0])
         else:
             self.self_attn = GQA(*sizes) if cfg.attn == "gqa" else M2LA(*sizes, cfg.rope_width, cfg.ranks[index])
         self.mlp = MLP(cfg)

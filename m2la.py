@@ -843,7 +843,8 @@ def greedy_ranks(layers, moments, spec, damage=None):
             width, harm = len(spectrum), s / energy
             if damage:
                 cut = tuple(r if p in part else width for p, r in enumerate(mean_ranks))
-                layer.self_attn = M2LA.from_gqa(gqa, m, replace(spec, ranks=cut))
+                with warnings.catch_warnings(action="ignore"):                   # the other modality keeps all
+                    layer.self_attn = M2LA.from_gqa(gqa, m, replace(spec, ranks=cut))
                 harm = damage() / float(spectrum[cut[part[0]]:].sum())
                 layer.self_attn = gqa
             left += s * (mean_ranks[part[0]] - ranks[i][part[0]])

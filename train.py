@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import gather, once, rank, world
-from iv3 import (Config, Encoded, MediaError, UserError, build_model, find_model, generate,
-                 load_model, load_rows, run_cli, save_model, write_atomic)
-from m2la import M2LA, Blocks, Calibration, ConvertSpec
+from iv3 import (Encoded, MediaError, UserError, build_model, find_model, generate, load_model, load_rows, run_cli,
+                 save_model, write_atomic)
+from m2la import Blocks, Calibration, ConvertSpec, convert_layers
 
 TOY = Path(__file__).parent / "data" / "toy"
 
@@ -80,44 +80,49 @@ class Recipe:
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
-    "cpt": Recipe(CPT_MIX, steps=120, lr=3e-4, lr_min=1e-5, packs=48),
+    "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
                         lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=240, lr=1e-3,
+    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=220, lr=1e-3,
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=3400),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=150, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
+    "opd": Recipe({"rl.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
-# Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + 32 latent.
-CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32))
+# Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
+CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32), step=8)
 
 
 # ------------------------------------------------------------------------------------- data: rows → packs → batches
 
 @dataclass
 class Pack:
-    """Several conversations that begin with the same tokens (one video): the shared prefix once, then the branches.
-    Every branch continues the positions of the prefix and attends to the prefix and itself: a tree in one sequence."""
+    """Several conversations that begin with the same tokens (one video): the shared prefix once, then the branches; in
+    RL, the answers to one question share its tokens too. A branch continues the positions of its parent and attends to
+    the prefix, its parent and itself: a tree in one sequence."""
     ids: torch.Tensor                        # (T,)
     positions: torch.Tensor                  # (3,T)
     branch: torch.Tensor                     # (T,) 0 = prefix, 1, 2, … = branches
+    parent: torch.Tensor                     # (T,) branch of the question that the token's branch answers; or 0
+    sample: torch.Tensor                     # (T,) number of the conversation; −1: tokens that several share
     answer: torch.Tensor                     # (T,) bool
     patches: torch.Tensor
     grids: torch.Tensor
-    advantage: torch.Tensor = None           # RL: (branches,)
+    advantage: torch.Tensor = None           # RL: (conversations,)
 
     @property
     def count(self):
-        return int(self.branch.max())
+        return int(self.sample.max()) + 1
 
 
-def make_pack(samples, shared_grids, vision_ids):
-    """samples: Encoded that begin with the same `shared_grids` temporal patches (0 without media) → Pack."""
-    first, prefix = samples[0].ids, min(int(s.answer.nonzero()[0]) for s in samples) - 1
-    for s in samples[1:]:                                  # the longest common prefix; the token before an answer
-        n = min(prefix, len(s.ids))                        # stays in its branch, which has to predict from it
+def make_pack(samples, shared_grids, vision_ids, group=1):
+    """samples: Encoded that begin with the same `shared_grids` temporal patches (0 without media), each `group` of them
+    answers to one question → Pack."""
+    first, ends = samples[0].ids, [int(s.answer.nonzero()[0]) - 1 for s in samples]
+    prefix = min(ends)                                     # the longest common prefix; the token before an answer
+    for s in samples[1:]:                                  # stays in its branch, which has to predict from it
+        n = min(prefix, len(s.ids))
         differ = (first[:n] != s.ids[:n]).nonzero()
         prefix = int(differ[0]) if len(differ) else n
     shared = int(samples[0].grids[:shared_grids].prod(1).sum())                           # patches
@@ -128,13 +133,20 @@ def make_pack(samples, shared_grids, vision_ids):
         if count and prefix <= tokens[count - 1]:          # the conversations differ before its end: share none of it
             shared = shared_grids = count = 0
         prefix = min([prefix, *tokens[count:count + 1].tolist()])
-    sizes = [prefix] + [len(s.ids) - prefix for s in samples]
-    return Pack(ids=torch.cat([first[:prefix]] + [s.ids[prefix:] for s in samples]),
-                positions=torch.cat([samples[0].positions[:, :prefix]] + [s.positions[:, prefix:] for s in samples], 1),
-                branch=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
-                answer=torch.cat([torch.zeros(prefix, dtype=torch.bool)] + [s.answer[prefix:] for s in samples]),
-                patches=torch.cat([samples[0].patches[:shared]] + [s.patches[shared:] for s in samples]),
-                grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples]))
+    parts = [(samples[0], slice(0, prefix), 0, -1)]                         # sample, tokens, parent, conversation
+    for i, (s, end) in enumerate(zip(samples, ends)):
+        if group > 1 and i % group == 0:
+            parts.append((s, slice(prefix, end), 0, -1))
+            question = len(parts) - 1
+        parts.append((s, slice(end if group > 1 else prefix, None), question if group > 1 else 0, i))
+    sizes = torch.tensor([len(s.ids[part]) for s, part, *_ in parts])
+    parent, sample = (torch.tensor(x).repeat_interleave(sizes) for x in list(zip(*parts))[2:])
+    return Pack(ids=torch.cat([s.ids[part] for s, part, *_ in parts]),
+                positions=torch.cat([s.positions[:, part] for s, part, *_ in parts], 1),
+                branch=torch.arange(len(parts)).repeat_interleave(sizes), parent=parent, sample=sample,
+                answer=torch.cat([s.answer[part] for s, part, *_ in parts]),
+                patches=torch.cat([samples[0].patches[:shared]] + [s.patches[shared:] for s in samples[::group]]),
+                grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples[::group]]))
 
 
 BLOCK = 256                                  # queries that attend together; see m2la.Blocks
@@ -142,21 +154,25 @@ BLOCK = 256                                  # queries that attend together; see
 
 def collate_packs(packs):
     """Packs → one right-padded batch. `sample` (B,T): number of the conversation in the whole batch, −1 elsewhere.
-    `mask` (B,1,T,T): token i sees j ≤ i of its prefix and of its own branch."""
+    `mask` (B,1,T,T): token i sees j ≤ i of its prefix, its question and its own branch."""
     B, T, count = len(packs), max(len(p.ids) for p in packs), 0
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
-    answer, branch, sample = torch.zeros(B, T, dtype=torch.bool), torch.full((B, T), -1), torch.full((B, T), -1)
+    answer, parent = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long)
+    branch, sample = torch.full((B, T), -1), torch.full((B, T), -1)
     for b, p in enumerate(packs):
         n = len(p.ids)
-        ids[b, :n], positions[:, b, :n], answer[b, :n], branch[b, :n] = p.ids, p.positions, p.answer, p.branch
-        sample[b, :n] = torch.where(p.branch > 0, p.branch - 1 + count, -1)
+        ids[b, :n], positions[:, b, :n], answer[b, :n] = p.ids, p.positions, p.answer
+        branch[b, :n], parent[b, :n] = p.branch, p.parent
+        sample[b, :n] = torch.where(p.sample >= 0, p.sample + count, -1)
         count += p.count
-    same = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+    key = branch[:, None, :]
+    same = (key == 0) | (key == branch[:, :, None]) | (key == parent[:, :, None])
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
     blocks = [(0, head, 0, 0)] if head else []
+    root = torch.where(parent > 0, parent, branch)
     for start in range(head, T, BLOCK):                    # the branches at its start begin at `low` or later
-        low = int((branch == branch[:, start:start + 1]).int().argmax(1).min())
+        low = int((root == root[:, start:start + 1]).int().argmax(1).min())
         blocks.append((start, min(start + BLOCK, T), head, max(low, head)))
     batch = {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "valid": branch >= 0,
              "mask": Blocks(mask, blocks),
@@ -221,13 +237,13 @@ class Data:
             self.skipped[str(e)] = self.skipped.get(str(e), 0) + 1
             return None
 
-    def pack(self, rows, samples, root):
+    def pack(self, rows, samples, root, group=1):
         media = first_media(rows[0])
         shared = 0
         if media:
             patches, grid, *_ = self.processor.load(media, root)
             shared = len(patches) // (grid[0] * grid[1])
-        return make_pack(samples, shared, self.vision_ids)
+        return make_pack(samples, shared, self.vision_ids, group)
 
     def batches(self, step, recipe):
         """The supervised batches of one step."""
@@ -486,10 +502,12 @@ def train_supervised(trainer, data):
     trainer.fit(step_of)
 
 
-def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
-    """GQA → M²LA (§3.2): stream moments over `steps` training steps, then rebuild each layer's attention."""
-    attention = [layer.self_attn for layer in model.language_model.layers]
-    with torch.no_grad(), Calibration(attention) as calibration:
+@torch.no_grad()
+def convert(model, data, args, recipe, spec=CONVERT, steps=4):
+    """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
+    damage that cutting it does to some more samples, rebuild the attention. → text, vision tokens of the calibration"""
+    layers = model.language_model.layers
+    with Calibration([layer.self_attn for layer in layers]) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
             for batch in data.batches(step, replace(recipe, packs=32)):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
@@ -498,11 +516,12 @@ def convert(model, processor, data, args, recipe, spec=CONVERT, steps=4):
     for moments in calibration.moments if world() > 1 else ():           # sums: every process saw a share of the data
         for tensor in vars(moments).values():
             dist.all_reduce(tensor)
-    for index, (layer, moments) in enumerate(zip(model.language_model.layers, calibration.moments)):
-        layer.self_attn = M2LA.from_gqa(layer.self_attn, moments, spec, layer=index)
-    ranks = tuple(spec.layer_ranks(i) for i in range(model.cfg.layers))
+    samples = [samples for rows, root in data.step(steps, 16, 4) if (samples := data.encode(rows, root))]
+    own_damage = evaluation.divergence(model, samples)
+    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
+    ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
     model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=ranks)
-    return model
+    return calibration.moments[0].count.tolist()
 
 
 def complete(prompt, ids):
@@ -532,7 +551,7 @@ def packs_of(data, rows, samples, roots, per_row):
     packs, start = [], 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or (first_media(rows[end]), roots[end]) != (first_media(rows[start]), roots[start]):
-            packs.append(data.pack(rows[start:end], samples[start * per_row:end * per_row], roots[start]))
+            packs.append(data.pack(rows[start:end], samples[start * per_row:end * per_row], roots[start], per_row))
             start = end
     return packs
 
@@ -758,19 +777,24 @@ def convert_stage(model, processor, args):
     def held_out():
         return evaluation.held_out_loss(model, processor, rows, args.data_dir)[0]
     before = held_out()
-    convert(model, processor, data, args, TINY["cpt"])
-    after = held_out()
-    print(f"convert: {cache_ratio(model.cfg):.0%} of the cache; held-out loss {before:.4f} → {after:.4f} nats")
+    tokens = convert(model, data, args, TINY["cpt"])
+    after, ratio = held_out(), cache_ratio(model.cfg, tokens)
+    print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
+          f"held-out loss {before:.4f} → {after:.4f} nats")
     if not after < before + args.max_damage:
         raise UserError(f"convert: the held-out loss rose by {after - before:.3f} nats, more than --max-damage "
                         f"{args.max_damage}; calibrate on more data or raise the ranks")
-    once(lambda: save_model(args.out / "convert", model, processor.tokenizer))
+
+    def leave():
+        save_model(args.out / "convert", model, processor.tokenizer)
+        (args.out / "convert" / "stage.json").write_text(json.dumps({"cache_ratio": ratio}))
+    once(leave)
 
 
-def cache_ratio(cfg):
-    """Cached values per token of the wider segment, relative to the GQA model."""
-    gqa = 2 * cfg.kv_heads * cfg.head_dim
-    return sum(max(r) + cfg.rope_width for r in cfg.ranks) / cfg.layers / gqa if cfg.attn == "m2la" else 1.0
+def cache_ratio(cfg, tokens):
+    """Cached values of so many (text, vision) tokens, relative to the GQA model."""
+    values = sum(n * (rank + cfg.rope_width) for ranks in cfg.ranks for n, rank in zip(tokens, ranks))
+    return values / (sum(tokens) * cfg.layers * 2 * cfg.kv_heads * cfg.head_dim)
 
 
 def toy(script, out, args, *flags):
@@ -840,7 +864,7 @@ def assemble(scores, gap_kinds, args):
     for stage, score in scores.items():
         results[stage] = {k: v for k, v in score.items() if k.startswith("loss")}
         results[stage] |= {length: evaluation.stage_figures(score[length]) for length in lengths if length in score}
-    results["convert"]["cache_ratio"] = cache_ratio(Config.load(args.out / "convert" / "config.json"))
+    results["convert"] |= json.loads((args.out / "convert" / "stage.json").read_text())
     # The share of the student-teacher gap that OPD closes: on the test items of those kinds of question in which the
     # *training* pool showed a gap (choosing them on the test would count luck as progress).
     rows = [(length, row) for length in lengths for row in load_rows(args.data_dir / f"test_{length}.jsonl")

@@ -239,7 +239,7 @@ def test_the_whole_recipe_from_one_command(command, world):
                 assert {name, f"{name}_n", f"{name}_ci"} <= set(results[stage][length])
     for length in ("short", "long"):
         assert 0 < results["baselines"][length]["miou"] < results["baselines"][length]["mcq"] < 1
-    assert results["convert"]["cache_ratio"] == 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
+    assert 0.45 < results["convert"]["cache_ratio"] <= 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
     for evidence in ("unseen", "seen"):
         assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
     weights = (world / "whole" / "opd" / "weights.pt").read_bytes()

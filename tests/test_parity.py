@@ -27,7 +27,6 @@ import torch
 from test_iv3 import noise, user, video, write_image, write_video
 
 import iv3
-import m2la
 from iv3 import Config, UserError
 
 WHY = "optional: compares with Hugging Face's Qwen3-VL (pip install transformers==4.57.3)"
@@ -376,7 +375,6 @@ class AuthorsAttention(torch.nn.Module):
 MLA = dict(kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 
 
-@pytest.mark.skipif(not hasattr(m2la, "Released"), reason="m2la.py does not have the released layer yet")
 @torch.no_grad()
 def test_the_released_layout(tmp_path):
     """Logits of one forward and of prefill and decode; what we write holds the same tensors under the same names."""
@@ -417,13 +415,12 @@ def test_the_config_of_the_released_8b(directory, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     cfg = Config.from_hf(tmp_path)
     assert (cfg.attn, cfg.rope_width, cfg.ranks) == ("released", 128, ((896, 896),) * 36)
-    if hasattr(m2la, "Released"):
-        with torch.device("meta"):
-            state = iv3.InternVideo3(replace(cfg, layers=3, ranks=cfg.ranks[:3]), (1, 2)).state_dict()
-        prefix = "language_model.layers.2.self_attn."
-        assert {k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if prefix in k} == {
-            "q_proj.weight": (8192, 4096), "q_proj.bias": (8192,), "kv_a_proj_with_mqa.weight": (1024, 4096),
-            "kv_a_proj_with_mqa.bias": (1024,), "kv_b_proj.weight": (8192, 896), "o_proj.weight": (4096, 4096)}
+    with torch.device("meta"):
+        state = iv3.InternVideo3(replace(cfg, layers=3, ranks=cfg.ranks[:3]), (1, 2)).state_dict()
+    prefix = "language_model.layers.2.self_attn."
+    assert {k.removeprefix(prefix): tuple(v.shape) for k, v in state.items() if prefix in k} == {
+        "q_proj.weight": (8192, 4096), "q_proj.bias": (8192,), "kv_a_proj_with_mqa.weight": (1024, 4096),
+        "kv_a_proj_with_mqa.bias": (1024,), "kv_b_proj.weight": (8192, 896), "o_proj.weight": (4096, 4096)}
     config["text_config"]["v_head_dim"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="text_config.v_head_dim is 64: must be head_dim, 128"):

@@ -114,6 +114,24 @@ def test_packed_loss_equals_that_of_separate_samples(kind, block, model, toy, pr
     torch.testing.assert_close(F.cross_entropy(logits, token), expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("block", [7, 256])
+def test_answers_to_one_question_share_it(block, model, toy, processor, monkeypatch):
+    """Three answers to each of two questions about a video, in two such packs: logits as of separate samples."""
+    monkeypatch.setattr(train, "BLOCK", block)
+    data, packs, separate = data_of(toy, processor, "sft_short.jsonl"), [], []
+    for k, (rows, root) in enumerate(groups_of(toy, processor, "video")[:2]):
+        prompts = data.encode([{**r, "messages": r["messages"][:-1]} for r in rows[:2]], root, generation=True)
+        samples = [train.complete(p, [40 + k + i, 50, 60][:1 + i]) for p in prompts for i in range(3)]
+        packs.append(data.pack(rows[:2], samples, root, group=3))
+        assert packs[-1].count == 6 and len(packs[-1].ids) < len(data.pack(rows[:2], samples, root).ids)
+        separate += [alone(model, s) for s in samples]
+    logits, token, sample = train.answer_logits(model, train.collate_packs(packs))
+    for i, (expected, ids) in enumerate(separate):
+        assert torch.equal(token[sample == i], ids)
+        torch.testing.assert_close(logits[sample == i], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_video_shared_by_a_pack_is_held_once(toy, processor):
     (rows, root), *_ = groups_of(toy, processor, "video")
     data = data_of(toy, processor, "sft_short.jsonl")

@@ -519,7 +519,7 @@ def rows_of(split, ask, i):
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
     if split in ("rl", "rl_long"):  # where the model guesses (order, count), a reward is luck, and noise to learn from
-        return [[*ask.mcq(SEEN), *ask.grounding(6 if split == "rl_long" else 2)]]
+        return [[*ask.mcq(SEEN), *ask.grounding(8 if split == "rl_long" else 2)]]
     if split == "test":
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
