@@ -823,6 +823,7 @@ def warn_of_hazards(moments, spec, layer):
         warnings.warn(f"layer {layer}: {text}", stacklevel=3)
 
 
+@torch.no_grad()
 def greedy_ranks(layers, moments, spec, damage=None):
     """Ranks by layer and modality (§3.2.2), multiples of spec.step, at no more bytes per calibration token than
     spec.ranks: the block of eigenvalues comes first that saves most harm per byte. An eigenvalue's harm is its share
