@@ -10,9 +10,10 @@ Reading order: recipe → data (rows → packs → batches) → losses → the l
 Where this differs from the paper, and why:
  1. Sizes. The paper trains 8 B parameters on 16 M + 7 M samples; the default here is 2 M parameters on a toy world.
  2. Several questions about one video share its tokens (a tree-shaped attention mask). The loss is the same as of
-    separate samples; the video is encoded once.
- 3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (the clip range 3e-4 is far below bf16 noise);
-    advantages are divided by (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
+    separate samples; the video is encoded once. In RL the sampled answers to a question share its tokens too.
+ 3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (GSPO's clip range 3e-4 is far below bf16 noise;
+    the tiny recipe's is ten times as wide, its answers have three to eight tokens); advantages are divided by
+    (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
  5. Replay: SFT keeps a share of the earlier stages' data. A tiny model forgets a format within two minutes.
