@@ -321,8 +321,8 @@ def once(action):
 
 
 def join_processes(jobs, device="cpu"):
-    """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command: at the tiny
-    size two processes of one thread do twice the work of one process with two. Each works on its share of a batch."""
+    """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command, one thread
+    each: at the tiny size a second thread gains nothing. Each process works on its share of a batch."""
     if "RANK" not in os.environ:
         if jobs == 1:
             return
@@ -676,8 +676,7 @@ PUBLISHED = dict(qk_norm="const", rope_basis="real", slots="uniform", gain=False
 IDEAS = {"exact norms": dict(qk_norm="exact"), "unitary basis": dict(rope_basis="unitary"), "gains": dict(gain=True),
          "slots by harm": dict(slots="realloc"), "query-aware": dict(metric="qa"),
          "a basis per modality": dict(modality="segments"), "greedy by energy": dict(budget="greedy")}
-DEFAULT = dict(qk_norm="exact", rope_basis="unitary", slots="realloc", gain=True, metric="qa", modality="segments",
-               budget="greedy", probe=True)                           # probe: measure the damage that a cut does
+DEFAULT = {name: getattr(ConvertSpec, name) for name in PUBLISHED} | {"probe": True}    # probe: measure a cut's damage
 WITHOUT = {"exact norms": dict(qk_norm="affine"), "unitary basis": dict(rope_basis="real"), "gains": dict(gain=False),
            "slots by harm": dict(slots="uniform"), "query-aware": dict(metric="balance"),
            "a basis per modality": dict(modality="shared"), "greedy ranks": dict(budget="uniform"),
@@ -709,6 +708,12 @@ def answer_logp(model, samples):
     hidden = model(**iv3.collate(samples, 0, model.device))
     at = [(b, int(t) - 1) for b, sample in enumerate(samples) for t in sample.answer.nonzero()]
     return torch.log_softmax(model.logits(hidden[tuple(zip(*at))]).float(), -1)
+
+
+def cache_ratio(spec, layers, tokens):
+    """Cached values of so many (text, vision) tokens, relative to those of the GQA layers."""
+    used = sum(n * (rank + spec.rope_width) for i in range(len(layers)) for n, rank in zip(tokens, spec.layer_ranks(i)))
+    return used / (sum(tokens) * sum(2 * layer.kv_heads * layer.head_dim for layer in layers))
 
 
 def divergence(model, batches):
@@ -760,9 +765,7 @@ class ConversionBench:
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
         spec = convert_layers(self.layers, self.moments, spec, self.damage if choices.get("probe") else None)
-        seconds, row, n = time.perf_counter() - start, 2 * gqa.kv_heads * gqa.head_dim, len(self.layers)
-        used = sum(tokens * (spec.layer_ranks(i)[m] + spec.rope_width) for i in range(n)
-                   for m, tokens in enumerate(self.tokens))
+        seconds = time.perf_counter() - start
         change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]
         mean = change.sum() / tokens.sum()
         se = np.sqrt((np.bincount(self.clips, change - mean * tokens) ** 2).sum()) / tokens.sum()    # over clips
@@ -771,7 +774,7 @@ class ConversionBench:
         for layer, source in zip(self.layers, self.gqa):
             layer.self_attn = source
         return {"loss_change": float(mean), "loss_se": float(se), "out_err": float(error),
-                "cache_ratio": used / (sum(self.tokens) * row * n), "seconds": seconds}
+                "cache_ratio": cache_ratio(spec, self.gqa, self.tokens), "seconds": seconds}
 
 
 def relative_error(out, target):

@@ -506,7 +506,7 @@ def train_supervised(trainer, data):
 @torch.no_grad()
 def convert(model, data, args, recipe, spec=CONVERT, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
-    damage that cutting it does to some more samples, rebuild the attention. → text, vision tokens of the calibration"""
+    damage that cutting it does to some more samples, rebuild the attention. → cached values, relative to GQA's"""
     layers = model.language_model.layers
     with Calibration([layer.self_attn for layer in layers]) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
@@ -522,7 +522,7 @@ def convert(model, data, args, recipe, spec=CONVERT, steps=4):
     spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
     model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=ranks)
-    return calibration.moments[0].count.tolist()
+    return evaluation.cache_ratio(spec, calibration.modules, calibration.moments[0].count.tolist())
 
 
 def complete(prompt, ids):
@@ -778,8 +778,8 @@ def convert_stage(model, processor, args):
     def held_out():
         return evaluation.held_out_loss(model, processor, rows, args.data_dir)[0]
     before = held_out()
-    tokens = convert(model, data, args, TINY["cpt"])
-    after, ratio = held_out(), cache_ratio(model.cfg, tokens)
+    ratio = convert(model, data, args, TINY["cpt"])
+    after = held_out()
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
           f"held-out loss {before:.4f} → {after:.4f} nats")
     if not after < before + args.max_damage:
@@ -790,12 +790,6 @@ def convert_stage(model, processor, args):
         save_model(args.out / "convert", model, processor.tokenizer)
         (args.out / "convert" / "stage.json").write_text(json.dumps({"cache_ratio": ratio}))
     once(leave)
-
-
-def cache_ratio(cfg, tokens):
-    """Cached values of so many (text, vision) tokens, relative to the GQA model."""
-    values = sum(n * (rank + cfg.rope_width) for ranks in cfg.ranks for n, rank in zip(tokens, ranks))
-    return values / (sum(tokens) * cfg.layers * 2 * cfg.kv_heads * cfg.head_dim)
 
 
 def toy(script, out, args, *flags):
