@@ -814,18 +814,22 @@ def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=
     cache, last = prefill(model, batch, max_new, samples, pad)
     position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
     outs = [Generation() for _ in range(len(position))]
-    done = torch.zeros(len(outs), dtype=torch.bool, device=model.device)
+    running, done = outs, torch.zeros(len(outs), dtype=torch.bool, device=model.device)
     for step in range(max_new):
         logits = model.logits(last)                                                              # (B,V)
         logits[:, list(model.vision_ids)] = -torch.inf                 # a placeholder stands for pixels: not to write
         token, logp = sample_token(logits, temperature, generator)
-        for out, t, lp, finished in zip(outs, token.tolist(), logp.tolist(), done.tolist()):
+        for out, t, lp, finished in zip(running, token.tolist(), logp.tolist(), done.tolist()):
             if not finished:
                 out.ids.append(t)
                 out.logprobs.append(lp)
         done |= token == stop
-        if done.all() or step == max_new - 1:
+        left = int((~done).sum())
+        if not left or step == max_new - 1:
             break
+        if left <= len(running) // 2:                      # most have ended: go on with the others alone
+            cache, running = cache.expand((~done).long()), [out for out, end in zip(running, done.tolist()) if not end]
+            position, token, done = position[~done], token[~done], done[~done]
         ids, positions = torch.where(done, pad, token)[:, None], (position + step).expand(3, -1)[..., None]
         last = model(ids, positions, cache=cache, valid=~done[:, None])[:, 0]
     model.train(was_training)

@@ -140,7 +140,7 @@ class Cache:
         self.low, self.high = self.counts.amin(1).tolist(), self.counts.amax(1).tolist()
 
     def expand(self, times):
-        """A new cache with each sequence repeated `times` (group sampling)."""
+        """A new cache with each sequence repeated `times`, an int or (B,): group sampling; 0 drops a sequence."""
         new = copy.copy(self)
         new.rows = [[rows.repeat_interleave(times, 0) for rows in layer] for layer in self.rows]
         new.counts = self.counts.repeat_interleave(times, 1)

@@ -88,7 +88,7 @@ TINY = {
                        lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=3400),
-    "opd": Recipe({"rl.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
@@ -226,7 +226,8 @@ class Data:
         shares = np.array([a + (b - a) * step / self.steps for a, b in self.shares])
         for f in rng.choice(len(self.groups), packs, p=shares / shares.sum()):
             root, groups = self.groups[f]
-            rows = groups[rng.integers(len(groups))]
+            weight = np.sqrt([len(rows) for rows in groups])                  # a lone row is not worth a whole pack
+            rows = groups[rng.choice(len(groups), p=weight / weight.sum())]
             out.append(([rows[i] for i in rng.permutation(len(rows))[:branches]], root))
         return out[rank()::world()]
 
@@ -630,16 +631,18 @@ def train_rl(trainer, data):
             pack.advantage = own
         order = np.random.default_rng([trainer.args.seed, step]).permutation(len(packs))
         minis = [micro_batches([packs[i] for i in part], r.tokens) for part in np.array_split(order, r.updates)]
-        with torch.no_grad(), trainer.autocast():                            # old and reference before any update
+        with torch.no_grad(), trainer.autocast():
             for batch in sum(minis, []):
-                batch["old"], batch["ref"] = (token_logp(m, trainer.to_device(batch))[0]
-                                              for m in (trainer.model, reference))
+                batch["ref"] = token_logp(reference, trainer.to_device(batch))[0]
+            for batch in sum(minis[1:], []):                                 # before the first update: there, π is π_old
+                batch["old"] = token_logp(trainer.model, trainer.to_device(batch))[0]
         logs = [(0.0, 0.0)]
         trainer.model.train()
 
         def loss_of(batch):
             logp, sample = token_logp(trainer.model, batch)
-            loss, k3, share = gspo_loss(logp, batch["old"], batch["ref"], sample, batch["advantage"], r.clip, r.kl)
+            old = batch.get("old", logp.detach())
+            loss, k3, share = gspo_loss(logp, old, batch["ref"], sample, batch["advantage"], r.clip, r.kl)
             logs.append((float(k3.detach()), float(share)))
             return loss
         for batches in minis:

@@ -105,7 +105,7 @@ def test_splits_share_no_clip_and_facts_differ(world, rows):
         for row in part:
             if "clip" in row:
                 same = {"glimpses": "pretrain", "near": "pretrain", "test_short": "test", "test_long": "test",
-                        "test_agent": "test"}
+                        "test_agent": "test", "opd": "rl"}
                 group = same.get(name, name)
                 assert owner.setdefault(row["clip"], group) == group
     drawn = [f.read_bytes() for f in world.rglob("*.mp4")]
@@ -154,7 +154,7 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 # ---- rows ----
 def test_schema(world, rows):
     assert set(rows) == {"pretrain", "glimpses", "near", "wide", "cpt_text", "cpt_image", "cpt_video", "sft_short",
-                         "sft_long", "rl", "val", "test_short", "test_long", "test_agent"}
+                         "sft_long", "rl", "opd", "val", "test_short", "test_long", "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
     for row in all_rows:
@@ -306,7 +306,7 @@ def test_agent_evidence(world, rows):
             assert not any(start <= t < end for t in coarse)
             assert nearest(border(pixels[start * 4 + 1]), toy.FLASHES) == right
             a, b = map(int, re.search(r"between (\d+) and (\d+)", question(row)).groups())
-            assert a <= start and end <= b and 8 <= b - a <= 10
+            assert a <= start and end <= b and b - a == 2
         elif row["kind"] == "speech":
             text = srt.setdefault(row["clip"], (world / row["clip"]).with_suffix(".srt").read_text())
             span = " --> ".join(f"00:{t // 60:02d}:{t % 60:02d},000" for t in (start, end))
@@ -334,7 +334,7 @@ def test_agent_evidence(world, rows):
             (cited_start, cited_end), = calls[-1]["arguments"]["evidence"]             # holds the true evidence
             assert cited_start <= start and cited_end >= end
             tools, replies = [c["name"] for c in calls], [m["content"] for m in row["messages"] if m["role"] == "tool"]
-            plain = {"speech": ["asr"], "fact": ["view", "web_search"], "brief": ["view", "view"]}
+            plain = {"speech": ["asr"], "fact": ["view", "web_search"]}
             plain = [*plain.get(row["kind"], ["view"]), "answer"]
             failed, doubted = ([str(r)[:n] for r in replies].count(s) for s, n in (("error: ", 7), ("contradict", 10)))
             assert tools == plain[:1] * failed + plain * (1 + doubted) and failed + doubted < 2

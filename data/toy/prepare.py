@@ -27,7 +27,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 2  # raise it when the same settings give other data: older folders are then refused, not mixed
+VERSION = 3  # raise it when the same settings give other data: older folders are then refused, not mixed
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
@@ -66,7 +66,7 @@ TEXT = dict(
     silence="no speech between {a} and {b} seconds", error="error: ", view="{a} to {b} seconds.",
     hit="[{colour}_{shape}.txt] {fact}", query="{object} eats",
     system="You are a video agent. Look, listen and search before you answer.",
-    think_brief="fine-grained: a flash is brief, look from {a} to {b} seconds.",
+    think_brief="fine-grained: a flash is brief, look from {a} seconds.",
     saw_brief="{flash} flash at {t} seconds.", think_speech="speech: hear what is said at {t} seconds.",
     saw_speech="the word is {word}.", think_fact="knowledge: look at {t} seconds, then search.",
     then_fact="knowledge: the shape is a {object}.", saw_fact="the {object} eats {food}.",
@@ -269,7 +269,7 @@ class Asker:
     def video(self, **how):
         return {"type": "video", "video": self.clip.path, **how}
 
-    def question(self, kind, t, a=None, b=None):
+    def question(self, kind, t, a=None):
         """-> text with the options, reply, {answer, options}. The reply is the option's text: 2 M parameters do not
         learn which letter stands before it, and what cannot be learned is noise. Wrong options are of the clip, and
         of the world only where the clip has too few."""
@@ -303,7 +303,7 @@ class Asker:
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
         # options first: what is asked then stands right before the answer, where a small model looks for it
-        text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=b, shape=shape)
+        text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=(a or 0) + 2, shape=shape)
         return text, right, {"answer": "ABCD"[place], "options": options}
 
     def mcq(self, kinds):
@@ -356,9 +356,9 @@ class Asker:
             scene, wrong = clip.scene(t), verdict == "contradict"
             named, direction = scene.object, scene.direction
             if kind == "brief":
-                a = max(0, min(t - int(rng.integers(8)), clip.duration - 8))
+                a = self.near(t)
                 flash = pick(rng, [f for f in FLASHES if (f != clip.flashes[t]) == wrong])
-                claim = tell("claim_brief", question=tell("brief", a=a, b=a + 8), flash=flash)
+                claim = tell("claim_brief", question=tell("brief", a=a, b=a + 2), flash=flash)
             elif kind == "direction":
                 direction = pick(rng, [d for d in DIRECTIONS if (d != direction) == wrong])
                 claim = tell("claim_direction", t=t, object=named, direction=direction)
@@ -384,15 +384,13 @@ class Asker:
         times["speech"] = [t + int(rng.integers(2)) for t in clip.words]
         times = {kind: pick(rng, ts, len(ts)) for kind, ts in times.items()}
         for kind in kinds:
-            t, a, b = times[kind].pop(), None, None
+            t, a = times[kind].pop(), None
             start, end, found = clip.scene(t).start, clip.scene(t).end, [t, t + 1]
             if kind == "brief":
-                width, start, end = int(rng.integers(8, 11)), t, t + 1
-                a = pick(rng, range(max(0, t - width + 1), min(t, clip.duration - width) + 1))
-                b = a + width
+                a, start, end = self.near(t), t, t + 1
             elif kind == "speech":
                 found = [t, t + 2] if t in clip.words else [t - 1, t + 1]
-            text, reply, more = self.question(kind, t, a, b)
+            text, reply, more = self.question(kind, t, a)
             more |= {"evidence": [found], "unseen": kind in UNSEEN,
                      "direct_seen": kind != "speech" and shows(clip.duration, DIRECT, start, end)}
             coarse = self.video(max_frames=COARSE, pairs=True)
@@ -400,12 +398,12 @@ class Asker:
                 yield make("mcr", kind, coarse, text, reply, frames=DIRECT, facts="facts/test", **more)
                 continue
             row = make("mcr", kind, coarse, text, reply, facts="facts/train", **more)
-            turns = self.setback(self.oracle(kind, t, a, b, reply, found))
+            turns = self.setback(self.oracle(kind, t if a is None else a, reply, found))
             row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0], *turns]
             yield row
             yield make("mcq", kind, self.video(max_frames=DIRECT, pairs=True), text, reply, **more)
 
-    def oracle(self, kind, t, a, b, reply, found):
+    def oracle(self, kind, t, reply, found):
         """What a good agent does: choose a route, get the evidence in one or two calls, answer, cite it."""
         scene, word = self.clip.scene(t), reply.split()[0]
 
@@ -413,29 +411,32 @@ class Asker:
             text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
             return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
 
-        def look(think, a, b=None):  # a moment, two seconds, is named by its start alone
-            times, b = {"start": a} | ({"end": b} if b else {}), b or min(a + 2, self.clip.duration)
-            seen = [self.video(start=a, end=b, fps=2), {"type": "text", "text": tell("view", a=a, b=b)}]
-            return [call(think, "view", **times), {"role": "tool", "content": seen}], [a, b]
+        def look(think):  # a moment, two seconds, is named by its start alone
+            end = min(t + 2, self.clip.duration)
+            seen = [self.video(start=t, end=end, fps=2), {"type": "text", "text": tell("view", a=t, b=end)}]
+            return [call(think, "view", start=t), {"role": "tool", "content": seen}], [t, end]
 
-        if kind == "brief":  # the whole window, then the moment: its times are said there, to be cited
-            (window, _), (moment, found) = look(tell("think_brief", a=a, b=b), a, b), look(tell("think_seen", t=t), t)
-            turns, saw = window + moment, tell("saw_brief", flash=word, t=t)
+        if kind == "brief":
+            at, (turns, found) = found[0], look(tell("think_brief", a=t))
+            saw = tell("saw_brief", flash=word, t=at)
         elif kind == "speech":
             heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
             turns = [call(tell("think_speech", t=t), "asr", start=t), {"role": "tool", "content": heard}]
             saw = tell("saw_speech", word=word)
         elif kind == "fact":
             names = {"object": scene.object, "food": word, "colour": scene.colour, "shape": scene.shape}
-            turns, found = look(tell("think_fact", t=t), t)
+            turns, found = look(tell("think_fact", t=t))
             turns += [call(tell("then_fact", **names), "web_search", query=tell("query", **names)),
                       {"role": "tool", "content": tell("hit", fact=tell("eats", **names), **names)}]
             saw = tell("saw_fact", **names)
         else:
-            turns, found = look(tell("think_seen", t=t), t)
+            turns, found = look(tell("think_seen", t=t))
             saw = tell("saw_seen", scene=tell("scene", **asdict(scene)))
         return [*turns, call(saw, "answer", text=reply, evidence=[found])]
 
+    def near(self, t):
+        """The start of a window of two seconds that holds second t."""
+        return max(0, min(t - int(self.rng.integers(2)), self.clip.duration - 2))
 
     def setback(self, turns):
         """Two rollouts in five meet what the environment may answer: an error, after which the call is made again, or a
@@ -495,8 +496,9 @@ SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of th
     "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "wide": ("wide", "wide", 0, ["wide"]),
     "cpt": ("cpt", "short", 200, ["cpt_video"]), "sft": ("sft", "short", 600, ["sft_short"]),
     "sft_agent": ("sft", "long", 40, ["sft_short"]), "long": ("long", "long", 240, ["sft_long"]),
-    "rl": ("rl", "short", 160, ["rl"]), "rl_long": ("rl", "long", 240, ["rl"]), "val": ("val", "short", 40, ["val"]),
-    "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
+    "rl": ("rl", "short", 60, ["rl", "opd"]), "rl_long": ("rl", "long", 380, ["rl", "opd"]),
+    "val": ("val", "short", 40, ["val"]), "test": ("test", "short", 100, ["test_short"]),
+    "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
 TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
 
 
@@ -518,8 +520,9 @@ def rows_of(split, ask, i):
         return [ask.dense(1, 4, 3, 1, 1)]
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
-    if split in ("rl", "rl_long"):  # where the model guesses (order, count), a reward is luck, and noise to learn from
-        return [[*ask.mcq(SEEN), *ask.grounding(8 if split == "rl_long" else 2)]]
+    if split in ("rl", "rl_long"):  # where the model guesses, rewards are luck, and noise to learn from: only OPD asks
+        rows = [*ask.mcq(SEEN), *ask.grounding(8 if split == "rl_long" else 4)]
+        return [rows, [*rows, *ask.mcq(["order", "count"])]]
     if split == "test":
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
