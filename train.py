@@ -74,6 +74,7 @@ class Recipe:
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
     pool: int = 2400                         # RL, OPD: prompts that the filter looks at
+    replay: tuple = ()                       # OPD: (file, packs a step) of SFT data trained beside; keeps other formats
 
 
 # The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. Here as shares of packs: an image
@@ -82,10 +83,10 @@ CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
-    "sft_short": Recipe({"sft_short.jsonl": 0.85, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3,
-                        lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.7, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=220, lr=1e-3,
-                       lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
+    "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05},
+                        steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
+    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.4, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05},
+                       steps=220, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=3400),
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
@@ -661,7 +662,7 @@ def token_logp(model, batch):
     return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0], sample
 
 
-def train_opd(trainer, data, teacher_dir):
+def train_opd(trainer, data, teacher_dir, replay=None):
     """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL:
 
         L = mean_i 1/|y_i| Σ_t KL( π(· | x_i, y_i,<t) ‖ π_T(· | x_i, y_i,<t) ),   y_i ~ π
@@ -708,8 +709,11 @@ def train_opd(trainer, data, teacher_dir):
             logits, _, sample = answer_logits(trainer.model, batch)
             return sequence_mean(reverse_kl(logits, target), sample, count_of(batch)).mean()
         whole = sum(gather(sum(map(count_of, batches))))
-        loss = trainer.update([(batch, loss_of, count_of(batch) / whole) for batch in batches])
-        return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
+        jobs = [(batch, loss_of, count_of(batch) / whole) for batch in batches]
+        if replay:
+            old = replay.batches(step, replace(r, packs=r.replay[1]))
+            jobs += [(batch, loss, share * r.replay[1] / r.packs) for batch, loss, share in trainer.supervised(old)]
+        return {"loss": trainer.update(jobs), "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
 
 
@@ -725,7 +729,7 @@ def recipe_of(stage, args):
     flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
     changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.data:
-        changes["mix"] = {str(path): 1.0 for path in args.data}
+        changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": ()}
     return replace(recipe, **changes)
 
 
@@ -764,7 +768,9 @@ def run_stage(stage, args):
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        train_opd(trainer, stage_data, teacher)
+        replay = recipe.replay and Data(args.data_dir, {recipe.replay[0]: 1.0}, processor, model.vision_ids, args.seed,
+                                        "replay")
+        train_opd(trainer, stage_data, teacher, replay)
     else:
         train_supervised(trainer, stage_data)
     if stage_data.skipped:

@@ -75,7 +75,7 @@ def views(rows):
 def groups_of(toy, processor, kind):
     """Two packs' worth of rows: [(rows, root), …], the packs of different length."""
     name, pick = {"text": ("cpt_text.jsonl", list), "image": ("cpt_image.jsonl", list),
-                  "video": ("sft_short.jsonl", list), "rollouts": ("sft_long.jsonl", views)}[kind]
+                  "video": ("sft_short.jsonl", list), "rollouts": ("sft_agent.jsonl", views)}[kind]
     (root, groups), = data_of(toy, processor, name).groups
     picked = [(pick(g)[:n], root) for g, n in zip([g for g in groups if pick(g)], (5, 3, 4))]
     if kind == "text":

@@ -67,7 +67,7 @@ TEXT = dict(
     hit="[{colour}_{shape}.txt] {fact}", query="{object} eats",
     system="You are a video agent. Look, listen and search before you answer.",
     think_brief="fine-grained: a flash is brief, look from {a} seconds.",
-    saw_brief="{flash} flash at {t} seconds.", think_speech="speech: hear what is said at {t} seconds.",
+    saw_brief="{scene} with a {flash} flash at {t} seconds.", think_speech="speech: hear what is said at {t} seconds.",
     saw_speech="the word is {word}.", think_fact="knowledge: look at {t} seconds, then search.",
     then_fact="knowledge: the shape is a {object}.", saw_fact="the {object} eats {food}.",
     think_seen="temporal: check {t} seconds.", saw_seen="{scene}.")
@@ -303,7 +303,7 @@ class Asker:
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
         # options first: what is asked then stands right before the answer, where a small model looks for it
-        text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=(a or 0) + 2, shape=shape)
+        text = "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + tell(kind, t=t, a=a, b=(a or 0) + 6, shape=shape)
         return text, right, {"answer": "ABCD"[place], "options": options}
 
     def mcq(self, kinds):
@@ -358,7 +358,7 @@ class Asker:
             if kind == "brief":
                 a = self.near(t)
                 flash = pick(rng, [f for f in FLASHES if (f != clip.flashes[t]) == wrong])
-                claim = tell("claim_brief", question=tell("brief", a=a, b=a + 2), flash=flash)
+                claim = tell("claim_brief", question=tell("brief", a=a, b=a + 6), flash=flash)
             elif kind == "direction":
                 direction = pick(rng, [d for d in DIRECTIONS if (d != direction) == wrong])
                 claim = tell("claim_direction", t=t, object=named, direction=direction)
@@ -411,32 +411,36 @@ class Asker:
             text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
             return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
 
-        def look(think):  # a moment, two seconds, is named by its start alone
+        def look(think, t):  # a moment, two seconds, is named by its start alone
             end = min(t + 2, self.clip.duration)
             seen = [self.video(start=t, end=end, fps=2), {"type": "text", "text": tell("view", a=t, b=end)}]
             return [call(think, "view", start=t), {"role": "tool", "content": seen}], [t, end]
 
-        if kind == "brief":
-            at, (turns, found) = found[0], look(tell("think_brief", a=t))
-            saw = tell("saw_brief", flash=word, t=at)
+        if kind == "brief":  # from the window's start on, until the flash is seen
+            think, turns, at, found = tell("think_brief", a=t), [], found[0], [t, t]
+            while found[1] <= at:
+                more, found = look(think, found[1])
+                turns += more
+                seen = tell("scene", **asdict(self.clip.scene(found[0])))
+                think, saw = tell("saw_seen", scene=seen), tell("saw_brief", scene=seen, flash=word, t=at)
         elif kind == "speech":
             heard = tell("said", a=float(found[0]), b=float(found[1]), word=word)
             turns = [call(tell("think_speech", t=t), "asr", start=t), {"role": "tool", "content": heard}]
             saw = tell("saw_speech", word=word)
         elif kind == "fact":
             names = {"object": scene.object, "food": word, "colour": scene.colour, "shape": scene.shape}
-            turns, found = look(tell("think_fact", t=t))
+            turns, found = look(tell("think_fact", t=t), t)
             turns += [call(tell("then_fact", **names), "web_search", query=tell("query", **names)),
                       {"role": "tool", "content": tell("hit", fact=tell("eats", **names), **names)}]
             saw = tell("saw_fact", **names)
         else:
-            turns, found = look(tell("think_seen", t=t))
+            turns, found = look(tell("think_seen", t=t), t)
             saw = tell("saw_seen", scene=tell("scene", **asdict(scene)))
         return [*turns, call(saw, "answer", text=reply, evidence=[found])]
 
     def near(self, t):
-        """The start of a window of two seconds that holds second t."""
-        return max(0, min(t - int(self.rng.integers(2)), self.clip.duration - 2))
+        """The start of a window of six seconds that holds second t."""
+        return max(0, min(t - int(self.rng.integers(6)), self.clip.duration - 6))
 
     def setback(self, turns):
         """Two rollouts in five meet what the environment may answer: an error, after which the call is made again, or a
@@ -495,10 +499,9 @@ def pieces():
 SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
     "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "wide": ("wide", "wide", 0, ["wide"]),
     "cpt": ("cpt", "short", 200, ["cpt_video"]), "sft": ("sft", "short", 600, ["sft_short"]),
-    "sft_agent": ("sft", "long", 40, ["sft_short"]), "long": ("long", "long", 240, ["sft_long"]),
-    "rl": ("rl", "short", 60, ["rl", "opd"]), "rl_long": ("rl", "long", 380, ["rl", "opd"]),
-    "val": ("val", "short", 40, ["val"]), "test": ("test", "short", 100, ["test_short"]),
-    "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
+    "long": ("long", "long", 280, ["sft_long", "sft_agent"]), "rl": ("rl", "short", 60, ["rl", "opd"]),
+    "rl_long": ("rl", "long", 380, ["rl", "opd"]), "val": ("val", "short", 40, ["val"]),
+    "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
 TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
 
 
@@ -528,10 +531,8 @@ def rows_of(split, ask, i):
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
         return [[*ask.mcq(kinds(MCQ, 12)), *ask.grounding(10)], agent]
-    agent = [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(1)]  # each claim is a pack of its own
-    if split == "sft_agent":
-        return [agent]
-    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *ask.open(SEEN), *agent, *ask.dense(1, 6, 6, 0, 0)]]
+    return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *ask.open(SEEN), *ask.dense(1, 6, 6, 0, 0)],
+            [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(1)]]  # each claim is a pack of its own
 
 
 def make_clip(job):
