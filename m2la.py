@@ -278,62 +278,75 @@ def merge(outs, lses):
 if triton is not None:
     @triton.jit
     def _attend_kernel(Q, ROWS, LIMITS, OUT, LSE,      # (B,M,W) (B,N,W) (B,T) -> (B,M,splits,R) (B,M,splits)
-                       M, H, T, scale, batch_stride, row_stride,
-                       R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows. A row
-        is the key and, in its first R columns, the value: loaded once. WIDE: W up to a power of two."""
+                       M, H, T, scale, batch_stride, R: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
+                       E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows.
+
+        Softmax block by block: with `best` the largest score s so far, it holds total = Σ exp(s - best) and
+        out = Σ exp(s - best) value, and shrinks both by exp(best - new) whenever a block raises best to new.
+
+        A row is the key and, in its first R columns, the value, so it is loaded once and used twice. Tiles hold
+        their W columns in PARTS parts of E: different warps get different parts. With one part, every warp would
+        read all queries from shared memory for each block of rows, and that would take longer than the rows."""
         split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, w = tl.arange(0, BLOCK_N), tl.arange(0, WIDE)
-        q = tl.load(Q + (batch * M + m[:, None]) * W + w[None, :], (m < M)[:, None] & (w < W)[None, :], 0.0)
-        limit = tl.load(LIMITS + batch * T + m // H, m < M, 0)                          # rows each query sees
+        m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        w = tl.arange(0, PARTS)[:, None, None] * E + tl.arange(0, E)[None, None, :]      # columns (PARTS,1,E)
+        q = tl.load(Q + (batch * M + m[None, :, None]) * W + w, (m < M)[None, :, None] & (w < W), 0.0)
+        limit = tl.load(LIMITS + batch * T + m // H, m < M, 0)                           # rows each query sees
         longest = tl.max(limit, 0)
         share = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
         start, stop = split * share, tl.minimum((split + 1) * share, longest)
-        rows = ROWS + batch * batch_stride + start.to(tl.int64) * row_stride             # > 2^31 at 1M tokens
-        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        rows = ROWS + batch * batch_stride + start.to(tl.int64) * W                      # > 2^31 at 2M tokens
+        best = tl.full([BLOCK_M], -1e30, tl.float32)                                     # not -inf: no inf - inf
         total = tl.zeros([BLOCK_M], tl.float32)
-        out = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        out = tl.zeros([PARTS, BLOCK_M, E], tl.float32)
         for first in range(start, stop, BLOCK_N):
             token = first + n
-            held = (token < stop)[:, None] & (w < W)[None, :]                            # junk may be NaN
-            row = tl.load(rows + n[:, None] * row_stride + w[None, :], held, 0.0)        # (N,W)
-            s = tl.dot(q, tl.trans(row), input_precision=PRECISION) * scale              # (M,N)
-            s = tl.where(token[None, :] < limit[:, None], s, float("-inf"))
+            held = (token < stop)[None, :, None] & (w < W)                               # junk may be NaN
+            row = tl.load(rows + n[None, :, None] * W + w, held, 0.0)                    # (PARTS,N,E)
+            s = tl.dot(q, tl.permute(row, 0, 2, 1), input_precision=PRECISION)           # (PARTS,M,N)
+            s = tl.where(token[None, :] < limit[:, None], tl.sum(s, 0) * scale, float("-inf"))
             new = tl.maximum(best, tl.max(s, 1))
-            base = tl.where(new == float("-inf"), 0.0, new)                              # nothing seen yet
-            p, shrink = tl.exp(s - base[:, None]), tl.exp(best - base)
-            total = total * shrink + tl.sum(p, 1)
-            out = out * shrink[:, None] + tl.dot(p.to(row.dtype), row, input_precision=PRECISION)
-            best = new
-            rows += BLOCK_N * row_stride
-        seen, place = total > 0, (batch * M + m) * splits + split
-        out = out / tl.where(seen, total, 1.0)[:, None]
-        tl.store(OUT + place[:, None] * R + w[None, :], out, (m < M)[:, None] & (w < R)[None, :])
-        tl.store(LSE + place, tl.where(seen, best + tl.log(tl.where(seen, total, 1.0)), float("-inf")), m < M)
+            p, shrink = tl.exp(s - new[:, None]), tl.exp(best - new)
+            best, total = new, total * shrink + tl.sum(p, 1)
+            p = tl.broadcast_to(p.to(row.dtype)[None], PARTS, BLOCK_M, BLOCK_N)
+            out = out * shrink[None, :, None] + tl.dot(p, row, input_precision=PRECISION)
+            rows += BLOCK_N * W
+        some, place = tl.where(total > 0, total, 1.0), (batch * M + m) * splits + split
+        out = out / some[None, :, None]
+        tl.store(OUT + place[None, :, None] * R + w, out, (m < M)[None, :, None] & (w < R))
+        tl.store(LSE + place, tl.where(total > 0, best + tl.log(some), float("-inf")), m < M)
+
+
+def kernel_launch(M, W, dtype=torch.bfloat16):
+    """How the kernel is compiled. In 2 bytes: 64 KB of rows on their way while 64 KB are computed, and no register
+    spilled on an H100 or H200 (a test compiles it; Triton before 3.9 needs smaller tiles). In 4: so that it fits."""
+    parts, block_m = (4, 32) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else (8, 16)
+    wide = max(triton.next_power_of_2(W), 16 * parts)
+    if wide > 1024:
+        raise UserError(f"latent rows of {W} values: the Triton kernel holds at most 1024; use smaller ranks "
+                        "or backend='torch'")
+    how = dict(PARTS=parts, E=wide // parts, num_warps=8)
+    if dtype == torch.float32:
+        return dict(how, BLOCK_M=16, BLOCK_N=16, num_stages=2, PRECISION="ieee")
+    block_m, block_n = 16 if M <= 16 else block_m, 32 if wide > 512 else 64
+    return dict(how, BLOCK_M=block_m, BLOCK_N=block_n, num_stages=3, PRECISION="tf32")
 
 
 def _attend_triton(q, rows, limits, rank, scale, splits=None):
     B, T, H, W = q.shape
-    M, wide = T * H, triton.next_power_of_2(max(W, 16))
-    if wide > 1024:
-        raise UserError(f"latent rows of {W} values: the Triton kernel holds at most 1024; use smaller ranks "
-                        "or backend='torch'")
-    assert rows.stride(2) == 1, "the values of a row must be contiguous"
+    M, how = T * H, kernel_launch(T * H, W, q.dtype if q.is_cuda else torch.bfloat16)
+    assert rows.stride()[1:] == (W, 1), "the rows of a sequence must lie one after the other"
     if not q.is_cuda:                                       # the interpreter computes bf16 wrongly
         q, rows = q.float(), rows.float()
-    block_m, block_n = 16 if M <= 16 else 32, 32 if wide > 512 else 64
-    blocks = triton.cdiv(M, block_m)
+    blocks = triton.cdiv(M, how["BLOCK_M"])
     if splits is None:                                  # fill the GPU once; depends on no length: CUDA graphs
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
         splits = max(1, min(cores // (B * blocks), triton.cdiv(rows.shape[1], 256)))
     out = torch.empty(B, M, splits, rank, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, M, splits, dtype=torch.float32, device=q.device)
-    _attend_kernel[(blocks, splits, B)](
-        q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale, *rows.stride()[:2],
-        R=rank, W=W, WIDE=wide, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=3,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+    _attend_kernel[(blocks, splits, B)](q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale,
+                                        rows.stride(0), R=rank, W=W, **how)
     out, lse = merge(out, lse)
     return out.view(B, T, H, rank), lse.view(B, T, H)
 
