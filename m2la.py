@@ -355,12 +355,13 @@ def _attend_torch(q, rows, limits, rank, scale):
     n = max(1, int(limits.max()))
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, rows = q.to(dtype) * scale, rows[:, :n].to(dtype)
-    unseen = torch.arange(n, device=q.device) >= limits[:, :, None]                      # (B,T,n)
     s = torch.bmm(q.flatten(1, 2), rows.mT).unflatten(1, q.shape[1:3])                   # (B,T,H,n)
-    s = s.masked_fill_(unseen[:, :, None], float("-inf"))
-    lse = s.logsumexp(-1)
-    p = (s - lse.clamp_min(torch.finfo(dtype).min)[..., None]).exp_()                    # nothing seen: all 0
-    return torch.bmm(p.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3]), lse
+    if int(limits.min()) < n:
+        s.masked_fill_((torch.arange(n, device=q.device) >= limits[:, :, None])[:, :, None], float("-inf"))
+    top = s.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)            # nothing seen: all 0
+    total = s.sub_(top).exp_().sum(-1, keepdim=True)                                     # s: now Σ's terms
+    out = torch.bmm(s.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3])
+    return out / total.clamp_min(torch.finfo(dtype).tiny), (top + total.log()).squeeze(-1)
 
 
 def latent_attend(q, rows, limits, rank, scale, backend=None):
@@ -427,11 +428,18 @@ class M2LA(Attention):
         return torch.cat([k, k_rope[:, None].expand(-1, self.kv_heads, -1, -1)], -1), v
 
     def attend_rebuilt(self, q_nope, q_rope, cache, layer):
-        """Many new tokens: rebuild k, v from the cached rows; one decoder per segment."""
-        parts = [self.split_heads(F.linear(rows[..., :rank], *decoder), rows[..., rank:])
-                 for decoder, rank, rows in zip(self.decoders(), self.ranks, cache.view(layer))]
-        k, v = (torch.cat(part, 2) for part in zip(*parts))
-        return attend_cached(torch.cat([q_nope, q_rope], -1), k, v, cache, self.scale)
+        """Many new tokens: rebuild k, v from the cached rows, by each segment's decoder. One KV head at a time: of all
+        heads they would be four times as large as the layer's rows."""
+        q, outs = torch.cat([q_nope, q_rope], -1).chunk(self.kv_heads, 1), []            # (B,H/G,T,Dh+P) each
+        for g in range(self.kv_heads):
+            parts = []
+            for (weight, bias), rank, rows in zip(self.decoders(), self.ranks, cache.view(layer)):
+                weight, bias = (t.unflatten(0, (2, self.kv_heads, -1))[:, g].flatten(0, 1) for t in (weight, bias))
+                k, v = F.linear(rows[..., :rank], weight, bias).chunk(2, -1)             # (B,N_m,Dh)
+                parts.append((torch.cat([k, rows[..., rank:]], -1), v))
+            k, v = (torch.cat(part, 1)[:, None] for part in zip(*parts))                 # (B,1,N,·)
+            outs.append(attend_cached(q[g], k, v, cache, self.scale))
+        return torch.cat(outs, -1)
 
     def attend_absorbed(self, q_nope, q_rope, cache, layer):
         """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the
