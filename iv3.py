@@ -358,7 +358,7 @@ class InternVideo3(nn.Module):
         mask as in m2la.attend, None = causal; with a cache, valid (B,T) marks tokens that are no padding.
         → hidden (B,T,D) after the last norm; see `logits`."""
         cfg, lm = self.cfg, self.language_model
-        vision = torch.isin(ids, torch.tensor(self.vision_ids, device=ids.device))                      # (B,T)
+        vision = torch.stack([ids == i for i in self.vision_ids]).any(0)                                # (B,T)
         x, deep = lm.embed_tokens(ids), []
         if patches is not None and len(patches):
             tokens, *deep = self.visual(patches, grids)

@@ -44,7 +44,7 @@ def mrope(positions, head_dim, theta, sections):
     frequency = theta ** (-2.0 * l.float() / head_dim)
     axis = torch.zeros_like(l)
     for a in (1, 2):
-        axis[(l % 3 == a) & (l < 3 * sections[a])] = a
+        axis = torch.where((l % 3 == a) & (l < 3 * sections[a]), a, axis)
     angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,Dh/2)
     return angle.cos(), angle.sin()
 
@@ -197,7 +197,7 @@ def attend(q, k, v, mask, scale):
         return torch.cat(outs, 1)
     B, H, T, E = q.shape
     Dv, repeat = v.shape[-1], H // k.shape[1]
-    v = F.pad(v, (0, E - Dv))                        # the fused kernels want one width
+    v = v if Dv == E else F.pad(v, (0, E - Dv))      # the fused kernels want one width; a pad by 0 would be a copy
     if mask is not None:                          # with a mask, CUDA has no fused kernel that shares KV heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
@@ -209,7 +209,7 @@ def attend_cached(q, k, v, cache, scale):
     """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in query blocks of bounded memory."""
     B, H, T, E = q.shape
     G, N, Dv = k.shape[1], k.shape[2], v.shape[-1]
-    v = F.pad(v, (0, E - Dv))
+    v = v if Dv == E else F.pad(v, (0, E - Dv))
     block, outs = max(1, BLOCK_SCORES // (N * B * (H // G))), []
     for start in range(0, T, block):
         part = q[:, :, start:start + block].reshape(B, G, -1, E)  # a group's heads in one: no copies of k, v
