@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
+import iv3
 import m2la
 from iv3 import Config
 from m2la import GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge, mrope
@@ -288,15 +290,69 @@ def test_cached_equals_full(kind, backend, device, monkeypatch):
     assert cache.lengths.tolist() == [35, 35]
 
 
+@pytest.mark.parametrize("device, dtype, tolerance", [
+    ("cpu", torch.float64, 1e-12), ("cpu", torch.float32, 1e-5), ("cpu", torch.float16, 5e-3),
+    *[pytest.param("cuda", dtype, tolerance, marks=cuda)
+      for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 3e-2))]])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_long_cached_prefill_in_blocks(kind, monkeypatch):
-    module, (x, rope, vision) = layer(kind), sample(T=35)
+def test_prefill_in_chunks(kind, device, dtype, tolerance, monkeypatch):
+    """As one fp64 forward; both modalities, chunks that begin and end in either, attention in small query blocks, and
+    in a second sequence padding, which fills its last chunk."""
+    module, (x, rope, vision) = layer(kind), sample(T=75)
     full = module(x, rope, vision)
-    monkeypatch.setattr(m2la, "BLOCK_SCORES", 500)
-    cache = new_cache(kind, 2)
-    outs = [feed(module, cache, x, rope, vision, *part) for part in ((0, 5), (5, 35))]
-    close(torch.cat(outs, 1), full, 1e-12)
+    module, cache, x = module.to(device, dtype), new_cache(kind, 2, 75, dtype, device), x.to(device, dtype)
+    rope, vision, valid = [r.to(device) for r in rope], vision.to(device), torch.arange(75) < torch.tensor([[75], [50]])
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 1500)
+    outs = [feed(module, cache, x, rope, vision, start, start + 19, valid[:, start:start + 19].to(device))
+            for start in range(0, 75, 19)]
+    close(torch.cat(outs, 1).cpu()[valid], full[valid], tolerance)
+    assert cache.lengths.tolist() == [75, 50]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest new tensor that any operation made."""
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.seen = max(self.seen, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_prefill_takes_little_memory(kind, monkeypatch):
+    """A chunk behind 800 tokens makes nothing larger than the keys of one KV head."""
+    module, (x, rope, vision) = layer(kind), sample(B=1, T=840)
+    cache = new_cache(kind, 1, 840)
+    feed(module, cache, x, rope, vision, 0, 800)
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 2000)
+    with Largest() as largest:
+        feed(module, cache, x, rope, vision, 800, 840)
+    assert 0 < largest.seen <= 8 * 840 * (DH + 12)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "m2la", "released"])
+@torch.no_grad()
+def test_a_model_prefills_in_chunks(attn, monkeypatch):
+    """A batch of two videos with text and padding, DeepStack included: chunks of 16 as one forward without a cache."""
+    torch.manual_seed(0)
+    kind = dict(rope_width=32, ranks=((24, 24),) * 2) if attn != "gqa" else {}
+    model = iv3.InternVideo3(Config(layers=2, attn=attn, **kind), (1, 2)).eval()
+    ids = torch.randint(3, 1000, (2, 70))
+    ids[0, 5:29], ids[1, 30:42] = 1, 2                                                   # 24 and 12 vision tokens
+    valid = torch.arange(70) < torch.tensor([[70], [50]])
+    batch = dict(ids=ids, positions=torch.arange(70).expand(3, 2, 70), grids=torch.tensor([[4, 4]] * 9),
+                 patches=torch.randint(0, 256, (144, 3 * 2 * 16 * 16), dtype=torch.uint8))
+    one = model(**batch)
+    monkeypatch.setattr(iv3, "PREFILL", 16)
+    cache = model.new_cache(2, 70)
+    close(model(**batch, cache=cache, valid=valid)[valid], one[valid], 1e-5)
+    assert cache.lengths.tolist() == [70, 50]
 
 
 @pytest.mark.parametrize("prefill", [16, 6])
