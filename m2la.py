@@ -264,15 +264,10 @@ class GQA(Attention):
 
 # --------------------------------------------------------------------------- attention over latent rows
 
-def merge(outs, lses):
-    """Join attention over S disjoint sets of keys, exactly: outs (…,S,C), each normalised, lses (…,S), the
-    log-sum-exp of each set's scores -> out (…,C), lse (…). Empty sets have lse -inf; all empty: out is 0."""
-    info = torch.finfo(lses.dtype)
-    top = lses.amax(-1, keepdim=True).clamp_min(info.min)                # no inf - inf
-    share = (lses - top).exp()
-    total = share.sum(-1, keepdim=True)
-    out = (share / total.clamp_min(info.tiny))[..., None, :] @ outs
-    return out.squeeze(-2), (top + total.log()).squeeze(-1)
+def merge_shares(lses):
+    """Softmax over all keys from softmax over disjoint sets of them, exactly: a set's output counts with the softmax of
+    the sets' log-sum-exps. lses (…,S), -inf for an empty set; all empty: any finite shares, their outputs are 0."""
+    return lses.clamp_min(torch.finfo(lses.dtype).min).softmax(-1)
 
 
 if triton is not None:
@@ -347,8 +342,7 @@ def _attend_triton(q, rows, limits, rank, scale, splits=None):
     lse = torch.empty(B, M, splits, dtype=torch.float32, device=q.device)
     _attend_kernel[(blocks, splits, B)](q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale,
                                         rows.stride(0), R=rank, W=W, **how)
-    out, lse = merge(out, lse)
-    return out.view(B, T, H, rank), lse.view(B, T, H)
+    return out.view(B, T, H, splits, rank), lse.view(B, T, H, splits)
 
 
 def _attend_torch(q, rows, limits, rank, scale):
@@ -361,12 +355,13 @@ def _attend_torch(q, rows, limits, rank, scale):
     top = s.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)            # nothing seen: all 0
     total = s.sub_(top).exp_().sum(-1, keepdim=True)                                     # s: now Σ's terms
     out = torch.bmm(s.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3])
-    return out / total.clamp_min(torch.finfo(dtype).tiny), (top + total.log()).squeeze(-1)
+    return (out / total.clamp_min(torch.finfo(dtype).tiny))[..., None, :], top + total.log()
 
 
 def latent_attend(q, rows, limits, rank, scale, backend=None):
-    """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
-    columns of a row are its value -> out (B,T,H,R), lse (B,T,H); fp32, or fp64 of fp64 in the reference.
+    """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank` columns of
+    a row are its value. The kernel cuts the rows into S sets, the reference into one -> out (B,T,H,S,R), what attention
+    over each gives, lse (B,T,H,S), the log-sum-exp of its scores: for `merge_shares`. fp32, or fp64 of fp64.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
     backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
@@ -442,23 +437,24 @@ class M2LA(Attention):
         return torch.cat(outs, -1)
 
     def attend_absorbed(self, q_nope, q_rope, cache, layer):
-        """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the
-        rows themselves. So v = U' c + b' is applied to the attended latent. b differs by segment: it enters
-        the segment's log-sum-exp, by which the segments are merged, exactly."""
+        """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the rows
+        themselves. So v = U' c + b' is applied to the attended latent. A segment's b enters its log-sum-exps."""
         q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)                  # (B,T,H,·)
         q = q_nope.unflatten(2, (self.kv_heads, -1))                                     # (B,T,G,H/G,Dh)
-        outs, lses = [], []
+        parts, merged = [], 0
         for m, ((weight, bias), rank) in enumerate(zip(self.decoders(), self.ranks)):
             up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)              # (G,Dh,R)
             bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)               # (G,1,Dh)
             q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)           # (B,T,H,R)
-            latent, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m],
-                                        cache.limits[m], rank, self.scale)               # (B,T,H,R), (B,T,H)
-            lses.append(lse + self.scale * (q * bias_k).sum(-1).flatten(2))
-            latent = latent.to(q.dtype).unflatten(2, (self.kv_heads, -1))
-            outs.append((torch.einsum("btgir,gdr->btgid", latent, up_v) + bias_v).flatten(2, 3))
-        out, _ = merge(torch.stack(outs, -2).to(lse.dtype), torch.stack(lses, -1))                # (B,T,H,Dh)
-        return out.to(q.dtype).flatten(2)
+            out, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m], cache.limits[m], rank,
+                                     self.scale)                                         # (B,T,H,S,R), (B,T,H,S)
+            parts.append((out, lse + self.scale * (q * bias_k).sum(-1).flatten(2)[..., None], up_v, bias_v))
+        shares = merge_shares(torch.cat([lse for _, lse, _, _ in parts], -1)).split([p[1].shape[3] for p in parts], -1)
+        for share, (out, _, up_v, bias_v) in zip(shares, parts):
+            latent = (share[..., None, :] @ out).to(q.dtype).view(*q.shape[:4], -1)              # (B,T,G,H/G,R)
+            share = share.sum(-1).to(q.dtype).view(*q.shape[:4], 1)
+            merged = merged + torch.einsum("btgir,gdr->btgid", latent, up_v) + share * bias_v
+        return merged.flatten(2)
 
     @classmethod
     @torch.no_grad()
