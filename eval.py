@@ -661,8 +661,8 @@ def decode_step(model, context, eager):
         cache.truncate(context)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay, cache
+        out = step()
+    return lambda: (graph.replay(), out)[1], cache
 
 
 def free_memory(device):                                                         # GB

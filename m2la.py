@@ -275,7 +275,8 @@ if triton is not None:
     def _attend_kernel(Q, ROWS, LIMITS, OUT, LSE,      # (B,M,W) (B,N,W) (B,T) -> (B,M,splits,R) (B,M,splits)
                        M, H, T, scale, batch_stride, R: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
                        E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows.
+        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows: without splits
+        the H queries of a new token would leave most of a GPU idle.
 
         Softmax block by block: with `best` the largest score s so far, it holds total = Σ exp(s - best) and
         out = Σ exp(s - best) value, and shrinks both by exp(best - new) whenever a block raises best to new.
