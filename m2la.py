@@ -426,15 +426,15 @@ class M2LA(Attention):
     def attend_rebuilt(self, q_nope, q_rope, cache, layer):
         """Many new tokens: rebuild k, v from the cached rows, by each segment's decoder. One KV head at a time: of all
         heads they would be four times as large as the layer's rows."""
-        q, outs = torch.cat([q_nope, q_rope], -1).chunk(self.kv_heads, 1), []            # (B,H/G,T,Dh+P) each
-        for g in range(self.kv_heads):
+        decoders = [[t.unflatten(0, (2, self.kv_heads, -1)) for t in decoder] for decoder in self.decoders()]
+        outs = []
+        for g, q in enumerate(torch.cat([q_nope, q_rope], -1).chunk(self.kv_heads, 1)):  # (B,H/G,T,Dh+P)
             parts = []
-            for (weight, bias), rank, rows in zip(self.decoders(), self.ranks, cache.view(layer)):
-                weight, bias = (t.unflatten(0, (2, self.kv_heads, -1))[:, g].flatten(0, 1) for t in (weight, bias))
-                k, v = F.linear(rows[..., :rank], weight, bias).chunk(2, -1)             # (B,N_m,Dh)
-                parts.append((torch.cat([k, rows[..., rank:]], -1), v))
+            for (weight, bias), rank, rows in zip(decoders, self.ranks, cache.view(layer)):
+                k, v = F.linear(rows[..., :rank], weight[:, g].flatten(0, 1), bias[:, g].flatten()).chunk(2, -1)
+                parts.append((torch.cat([k, rows[..., rank:]], -1), v))                  # (B,N_m,Dh+P), (B,N_m,Dh)
             k, v = (torch.cat(part, 1)[:, None] for part in zip(*parts))                 # (B,1,N,·)
-            outs.append(attend_cached(q[g], k, v, cache, self.scale))
+            outs.append(attend_cached(q, k, v, cache, self.scale))
         return torch.cat(outs, -1)
 
     def attend_absorbed(self, q_nope, q_rope, cache, layer):
