@@ -10,7 +10,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
     python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
-    python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # attention time per new token
+    python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
 """
 import argparse
@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 import iv3
 import mcr_agent
-from m2la import (GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, convert_layers, mrope,
-                  rotate)
+from m2la import GQA, Calibration, ConvertSpec, UserError, convert_layers, mrope, rotate
 
 UNSEEN = ("brief", "speech", "fact")         # mcr kinds whose evidence a coarse pass over the clip cannot hold
 
@@ -587,70 +586,134 @@ def render_scores(scores):
 
 # ---------------------------------------------------------------------------------------------- decode bench (§3.2)
 
-def eager_step(gqa, x, rope, k, v):
-    """The paper's GQA baseline: the cache is copied to grow by one token, its G heads are expanded to H, the scores
-    are written out. x (1,1,D), k and v (1,G,N,Dh) → out (1,1,D), k and v (1,G,N+1,Dh)."""
-    cos, sin = (r[:, :, None] for r in rope)
-    q, new_k, new_v = gqa.project(x)                                                         # (1,1,H or G,Dh)
-    k = torch.cat([k, rotate(new_k, cos, sin).transpose(1, 2)], 2)
-    v = torch.cat([v, new_v.transpose(1, 2)], 2)
-    all_k, all_v = (t.repeat_interleave(gqa.heads // gqa.kv_heads, 1) for t in (k, v))      # (1,H,N+1,Dh)
-    scores = rotate(q, cos, sin).transpose(1, 2) @ all_k.mT * gqa.head_dim ** -0.5
-    out = torch.softmax(scores.float(), -1).to(x.dtype) @ all_v                             # (1,H,1,Dh)
-    return gqa.o_proj(out.transpose(1, 2).flatten(2)), k, v
+class GrownCache(list):
+    """The paper's GQA baseline: per layer a pair k, v (1,G,N,Dh), copied to grow by a token."""
+    begin = commit = truncate = lambda *_: None
+
+
+class EagerGQA(GQA):
+    """… and its attention: the G heads of k, v are expanded to H, the scores are written out."""
+
+    def forward(self, x, rope, vision, mask=None, cache=None, layer=0):                      # x (1,1,D) → (1,1,D)
+        q, k, v = self.project(x)                                                            # (1,1,H or G,Dh)
+        q, k = (rotate(t, *(r[:, :, None] for r in rope)) for t in (q, k))
+        cache[layer] = [torch.cat([old, t.transpose(1, 2)], 2) for old, t in zip(cache[layer], (k, v))]
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in cache[layer])   # (1,H,N+1,Dh)
+        scores = q.transpose(1, 2) @ k.mT * self.scale
+        out = torch.softmax(scores.float(), -1).to(x.dtype) @ v                              # (1,H,1,Dh)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def decode_models(cfg, attention_only, device, dtype):
+    """{"m2la", "gqa" (grouped heads, preallocated cache), "gqa_eager": a model} without its vision tower or, with
+    `attention_only`, with nothing but attention. Weights are random; GQA's are among M²LA's, so they are held once."""
+    P, R, models = cfg.head_dim, (cfg.kv_heads - 1) * cfg.head_dim, {}           # a row: half of GQA's, as released
+    with torch.device("meta"):                                                   # shapes without memory
+        for kind in ("m2la", "gqa", "gqa_eager"):
+            latent = dict(attn="m2la", rope_width=P, ranks=((R, R),) * cfg.layers) if kind == "m2la" else {}
+            models[kind] = model = iv3.InternVideo3(replace(cfg, **latent), (0, 1)).to(dtype)
+            model.visual = None
+            for layer in model.language_model.layers:
+                layer.mlp = None if attention_only else layer.mlp
+                layer.self_attn.__class__ = EagerGQA if kind == "gqa_eager" else type(layer.self_attn)
+            if attention_only:
+                model.lm_head = model.language_model.embed_tokens = None
+    need, free = sum(p.nbytes for p in models["m2la"].parameters()) / 1e9, free_memory(device)
+    if need > free:
+        raise UserError(f"the weights need {need:.1f} GB, {free:.1f} are free: use fewer --layers or --attention-only")
+    for p in models["m2la"].to_empty(device=device).parameters():
+        p.normal_(std=0.02)
+    for layer in models["m2la"].language_model.layers:
+        layer.self_attn.slots.copy_(torch.arange(P // 2) % (cfg.head_dim // 2))
+    for model in models.values():
+        model.load_state_dict(models["m2la"].state_dict(), strict=False, assign=True)
+    return models
+
+
+def decode_step(model, context, eager):
+    """→ a function that computes the token after `context` random cached ones, 15 of 16 of them vision; the cache. On a
+    GPU it replays a CUDA graph, except for the eager kind: launching kernels would take longer than most of them."""
+    cfg, lm, device = model.cfg, model.language_model, model.device
+    like = dict(device=device, dtype=lm.norm.weight.dtype)
+    ids, positions = torch.full((1, 1), 2, device=device), torch.full((3, 1, 1), context, device=device)
+    x, rope = torch.randn(1, 1, cfg.hidden, **like), mrope(positions, cfg.head_dim, cfg.theta, cfg.mrope_sections)
+    if eager:
+        cache = GrownCache(torch.randn(2, 1, cfg.kv_heads, context, cfg.head_dim, **like) for _ in lm.layers)
+    else:
+        vision = torch.arange(context, device=device)[None] % 16 != 0
+        n = int(vision.sum())
+        cache = model.new_cache(1, context + 1 - n * (cfg.attn == "m2la"), n + 1)
+        for rows in sum(cache.rows, []):
+            rows.normal_()
+        cache.begin(vision)
+        cache.commit()
+
+    def step():
+        if lm.embed_tokens is not None:
+            return model.logits(model(ids, positions, cache=cache))
+        cache.begin(ids < 2)
+        return lm.layers[0].self_attn(x, rope, ids < 2, cache=cache)
+
+    if eager or device.type == "cpu":
+        return step, cache
+    for _ in range(2):                                                           # compiles; a graph can only record
+        step()
+        cache.truncate(context)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    return lambda: (graph.replay(), out)[1], cache
+
+
+def free_memory(device):                                                         # GB
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] / 1e9
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def timed(run, device):
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return (time.perf_counter() - start) * 1e3                                   # ms
+
+
+def decode_row(models, context, steps, device, copied):
+    """A context's figures. Kinds that fit into memory together take turns, so that a busy machine slows them all; one
+    that does not fit alone is left out, with a line that says so. `copied`: GB/s of a copy, the limit of any step."""
+    cfg, size = models["gqa"].cfg, models["gqa"].language_model.norm.weight.element_size()
+    kv = 2 * cfg.kv_heads * cfg.head_dim * context * size / 1e9                  # GB in a layer
+    need = {"m2la": kv * cfg.layers / 2, "gqa": kv * cfg.layers,
+            "gqa_eager": kv * (cfg.layers + 1 + cfg.heads / cfg.kv_heads)}       # and the copies of one layer
+    free, times = 0.95 * free_memory(device), {}
+    fit = [kind for kind in need if need[kind] <= free]
+    for kind in need:
+        if kind not in fit:
+            print(f"context {context}: no {kind}: its cache needs {need[kind]:.1f} GB, {free:.1f} are free")
+    for group in [fit] if sum(need[kind] for kind in fit) <= free else [[kind] for kind in fit]:
+        runs = {kind: decode_step(models[kind], context, kind == "gqa_eager") for kind in group}
+        for _ in range(steps + 3):                                               # three to warm up
+            for kind, (step, cache) in runs.items():
+                cache.truncate(context)                                          # the same token again
+                times.setdefault(kind, []).append(timed(step, device))
+        runs = step = cache = None                                               # frees their memory
+    row = {"context": context} | {f"{k}_ms": float(np.median(times[k][3:])) if k in times else None for k in need}
+    for kind in (kind for kind in ("m2la", "gqa") if kind in times):
+        lm, ms = models[kind].language_model, row[f"{kind}_ms"]
+        unread = 0 if cfg.tied or lm.embed_tokens is None else lm.embed_tokens.weight.nbytes
+        rate = ((sum(p.nbytes for p in models[kind].parameters()) - unread) / 1e9 + need[kind]) / ms * 1e3
+        row |= {f"{kind}_tokens_s": 1e3 / ms, f"{kind}_cache_mb": need[kind] * 1e3, f"{kind}_gb_s": rate,
+                f"{kind}_of_copy": rate / copied}
+    for name, kind in (("speedup", "gqa"), ("speedup_over_eager", "gqa_eager")):
+        row[name] = row[f"{kind}_ms"] / row["m2la_ms"] if kind in times and "m2la" in times else None
+    return row | {"cache_ratio": need["m2la"] / need["gqa"]}
 
 
 @torch.no_grad()
-def decode_times(cfg, layers, context, steps, device, dtype):
-    """Median time of one new token through `layers` attention layers. The three kinds take turns at every step, so
-    that a busy machine slows all of them, and hold their caches at once. Weights and cached rows are random: the time
-    does not depend on them."""
-    sizes, G, Dh = (cfg.hidden, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.eps), cfg.kv_heads, cfg.head_dim
-    P, R, room = Dh, G * Dh - Dh, context + steps                            # R + P: half of a GQA row, as released
-    gqa = torch.nn.ModuleList(GQA(*sizes) for _ in range(layers)).to(device, dtype)
-    m2la = torch.nn.ModuleList(M2LA(*sizes, P, (R, R)) for _ in range(layers)).to(device, dtype)
-    kv = KVCache(layers, 1, room, G, Dh, dtype=dtype, device=device)
-    latent = LatentCache([(R, R)] * layers, P, 1, (room, room), dtype=dtype, device=device)
-    for cache in (kv, latent):
-        for rows in cache.rows:
-            for segment in rows:
-                segment.normal_()
-        cache.begin(torch.arange(context, device=device)[None] % 16 != 0)    # 15 of 16 tokens are vision
-        cache.commit()
-    grown = [torch.randn(2, 1, G, context, Dh, device=device, dtype=dtype).unbind() for _ in range(layers)]
-    x = torch.randn(1, 1, cfg.hidden, device=device, dtype=dtype)
-    rope = mrope(torch.full((3, 1, 1), context, device=device), Dh, cfg.theta, cfg.mrope_sections)
-    text = torch.zeros(1, 1, dtype=torch.bool, device=device)
-
-    def preallocated(modules, cache):
-        cache.begin(text)
-        for i, layer in enumerate(modules):
-            layer(x, rope, text, cache=cache, layer=i)
-        cache.commit()
-
-    def eager():
-        for i, layer in enumerate(gqa):
-            grown[i] = eager_step(layer, x, rope, *grown[i])[1:]
-
-    ratio = latent.nbytes() / kv.nbytes()
-    runs = {"m2la_ms": lambda: preallocated(m2la, latent), "gqa_ms": lambda: preallocated(gqa, kv),
-            "gqa_eager_ms": eager}
-    times = {name: [] for name in runs}
-    for _ in range(steps):
-        for name, run in runs.items():
-            start = clock(device)
-            run()
-            times[name].append((clock(device) - start) * 1e3)
-    warm = min(3, steps - 1)
-    return {"context": context, **{k: float(np.median(t[warm:])) for k, t in times.items()}, "cache_ratio": ratio}
-
-
-def clock(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def bench_decode(args):
     contexts = [int(c) if c.strip().isdigit() else 0 for c in args.contexts.split(",")]
     if min(contexts) < 1:
@@ -658,15 +721,21 @@ def bench_decode(args):
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(args.seed)
     cfg = iv3.Config.preset(args.preset)
-    rows = [{"name": f"{args.preset} {context}", **decode_times(cfg, args.layers, context, args.steps, device, dtype)}
-            for context in tqdm(contexts, disable=None, leave=False)]
-    header = [key for key in rows[0] if key != "name"]
-    print(table(header, [[row["context"], *(f"{row[key]:.3f}" for key in header[1:])] for row in rows]))
+    layers = 1 if args.attention_only else args.layers or cfg.layers
+    models = decode_models(replace(cfg, layers=layers, deepstack=()), args.attention_only, device, dtype)
+    source, target = torch.ones(2, 2 ** 30 if device == "cuda" else 2 ** 28, dtype=torch.uint8, device=device)
+    ms = np.median([timed(lambda: target.copy_(source), device) for _ in range(10)])
+    copied, source, target, rows = 2 * len(source) / 1e6 / float(ms), None, None, []     # GB/s, read and written
+    for context in tqdm(contexts, disable=None, leave=False):
+        row = decode_row(models, context, args.steps, device, copied)
+        rows += [{"name": f"{args.preset} {context}", **row}] if row["m2la_ms"] or row["gqa_ms"] else []
+    keys = dict.fromkeys(key for row in rows for key in row if key not in ("name", "context"))
+    print(table(["", *(f"{row['context']}" for row in rows)],
+                [[key, *("" if row.get(key) is None else f"{row[key]:.4g}" for row in rows)] for key in keys]))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"env": {"device": name, "torch": torch.__version__, "dtype": str(dtype), "preset": args.preset, "batch": 1,
-                    "layers": args.layers, "steps": args.steps, "seed": args.seed,
-                    "measures": "median ms of a new token in the attention layers alone, random weights and cache"},
-            "rows": rows}
+                    "layers": layers, "attention_only": args.attention_only, "steps": args.steps, "seed": args.seed,
+                    "copy_gb_s": copied, "measures": "median of a new token, random weights and cache"}, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------ conversion bench (§3.2)
@@ -878,11 +947,12 @@ def main():
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=["decode", "conversion"], help="decode: time per new token of M2LA, a good GQA and the "
         "paper's eager GQA; conversion: the damage of each way to convert --model (default: the tiny base)")
-    add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes of the attention layers (default "
-        "tiny); conversion: also a random layer of these sizes (default: none)")
+    add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes (default tiny); "
+        "conversion: also a random layer of these sizes (default: none)")
     add("--data-dir", metavar="DIR", default="runs/tiny/data", help="conversion: the toy data; written if it is absent")
     add("--contexts", default="1024,4096", help="cached tokens, comma-separated (default 1024,4096)")
-    add("--layers", type=int, default=4, help="attention layers timed (default 4)")
+    add("--layers", type=int, help="decode: layers of the decoder (default: the preset's)")
+    add("--attention-only", action="store_true", help="decode: time one attention layer, not the whole decoder")
     add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")

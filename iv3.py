@@ -35,6 +35,8 @@ from einops import rearrange
 
 from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope
 
+PREFILL = 4096                                   # tokens that go through the layers at once, where there is a cache
+
 
 class MediaError(UserError):
     """A video or image that cannot be read; data loaders skip it and count it."""
@@ -358,25 +360,34 @@ class InternVideo3(nn.Module):
         mask as in m2la.attend, None = causal; with a cache, valid (B,T) marks tokens that are no padding.
         → hidden (B,T,D) after the last norm; see `logits`."""
         cfg, lm = self.cfg, self.language_model
-        vision = torch.isin(ids, torch.tensor(self.vision_ids, device=ids.device))                      # (B,T)
+        vision = torch.stack([ids == i for i in self.vision_ids]).any(0)                                # (B,T)
         x, deep = lm.embed_tokens(ids), []
         if patches is not None and len(patches):
             tokens, *deep = self.visual(patches, grids)
             x = x.masked_scatter(vision[..., None], tokens.to(x.dtype))
+            deep = [torch.zeros_like(x).masked_scatter(vision[..., None], d.to(x.dtype)) for d in deep]
         rope = mrope(positions, cfg.head_dim, cfg.theta, cfg.mrope_sections)
-        if cache is not None:
-            cache.begin(vision, valid)
-        for i, layer in enumerate(lm.layers):
-            attention = dict(rope=rope, vision=vision, mask=mask, cache=cache, layer=i)
-            if self.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, **attention)
-            else:
-                x = layer(x, **attention)
-            if i < len(deep):
-                x = x + torch.zeros_like(x).masked_scatter(vision[..., None], deep[i].to(x.dtype))
-        if cache is not None:
+        if cache is None:
+            return self.run_layers(x, deep, rope=rope, vision=vision, mask=mask)
+        outs = []
+        for start in range(0, max(1, ids.shape[1]), PREFILL):            # chunks: a long prompt needs no more memory
+            part = slice(start, start + PREFILL)
+            cache.begin(vision[:, part], None if valid is None else valid[:, part])
+            outs.append(self.run_layers(x[:, part], [d[:, part] for d in deep], rope=tuple(r[:, part] for r in rope),
+                                        vision=vision[:, part], cache=cache))
             cache.commit()
-        return lm.norm(x)
+        return torch.cat(outs, 1)
+
+    def run_layers(self, x, deep, **attention):
+        """The decoder on embedded tokens; deep: what is added after the first layers, each (B,T,D)."""
+        for i, layer in enumerate(self.language_model.layers):
+            if self.checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, layer=i, **attention)
+            else:
+                x = layer(x, layer=i, **attention)
+            if i < len(deep):
+                x = x + deep[i]
+        return self.language_model.norm(x)
 
     def logits(self, hidden):                                                          # (…, D) → (…, V)
         head = self.language_model.embed_tokens if self.cfg.tied else self.lm_head

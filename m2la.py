@@ -44,7 +44,7 @@ def mrope(positions, head_dim, theta, sections):
     frequency = theta ** (-2.0 * l.float() / head_dim)
     axis = torch.zeros_like(l)
     for a in (1, 2):
-        axis[(l % 3 == a) & (l < 3 * sections[a])] = a
+        axis = torch.where((l % 3 == a) & (l < 3 * sections[a]), a, axis)
     angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,Dh/2)
     return angle.cos(), angle.sin()
 
@@ -197,7 +197,7 @@ def attend(q, k, v, mask, scale):
         return torch.cat(outs, 1)
     B, H, T, E = q.shape
     Dv, repeat = v.shape[-1], H // k.shape[1]
-    v = F.pad(v, (0, E - Dv))                        # the fused kernels want one width
+    v = v if Dv == E else F.pad(v, (0, E - Dv))      # the fused kernels want one width; a pad by 0 would be a copy
     if mask is not None:                          # with a mask, CUDA has no fused kernel that shares KV heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
@@ -209,7 +209,7 @@ def attend_cached(q, k, v, cache, scale):
     """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in query blocks of bounded memory."""
     B, H, T, E = q.shape
     G, N, Dv = k.shape[1], k.shape[2], v.shape[-1]
-    v = F.pad(v, (0, E - Dv))
+    v = v if Dv == E else F.pad(v, (0, E - Dv))
     block, outs = max(1, BLOCK_SCORES // (N * B * (H // G))), []
     for start in range(0, T, block):
         part = q[:, :, start:start + block].reshape(B, G, -1, E)  # a group's heads in one: no copies of k, v
@@ -264,95 +264,105 @@ class GQA(Attention):
 
 # --------------------------------------------------------------------------- attention over latent rows
 
-def merge(outs, lses):
-    """Join attention over S disjoint sets of keys, exactly: outs (…,S,C), each normalised, lses (…,S), the
-    log-sum-exp of each set's scores -> out (…,C), lse (…). Empty sets have lse -inf; all empty: out is 0."""
-    info = torch.finfo(lses.dtype)
-    top = lses.amax(-1, keepdim=True).clamp_min(info.min)                # no inf - inf
-    share = (lses - top).exp()
-    total = share.sum(-1, keepdim=True)
-    out = (share / total.clamp_min(info.tiny))[..., None, :] @ outs
-    return out.squeeze(-2), (top + total.log()).squeeze(-1)
+def merge_shares(lses):
+    """Softmax over all keys from softmax over disjoint sets of them, exactly: a set's output counts with the softmax of
+    the sets' log-sum-exps. lses (…,S), -inf for an empty set; all empty: any finite shares, their outputs are 0."""
+    return lses.clamp_min(torch.finfo(lses.dtype).min).softmax(-1)
 
 
 if triton is not None:
     @triton.jit
     def _attend_kernel(Q, ROWS, LIMITS, OUT, LSE,      # (B,M,W) (B,N,W) (B,T) -> (B,M,splits,R) (B,M,splits)
-                       M, H, T, scale, batch_stride, row_stride,
-                       R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows. A row
-        is the key and, in its first R columns, the value: loaded once. WIDE: W up to a power of two."""
+                       M, H, T, scale, batch_stride, R: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
+                       E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+        """One program: BLOCK_M of a sequence's M = T*H query rows against one split of its cached rows: without splits
+        the H queries of a new token would leave most of a GPU idle.
+
+        Softmax block by block: with `best` the largest score s so far, it holds total = Σ exp(s - best) and
+        out = Σ exp(s - best) value, and shrinks both by exp(best - new) whenever a block raises best to new.
+
+        A row is the key and, in its first R columns, the value, so it is loaded once and used twice. Tiles hold
+        their W columns in PARTS parts of E: different warps get different parts. With one part, every warp would
+        read all queries from shared memory for each block of rows, and that would take longer than the rows."""
         split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, w = tl.arange(0, BLOCK_N), tl.arange(0, WIDE)
-        q = tl.load(Q + (batch * M + m[:, None]) * W + w[None, :], (m < M)[:, None] & (w < W)[None, :], 0.0)
-        limit = tl.load(LIMITS + batch * T + m // H, m < M, 0)                          # rows each query sees
+        m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        w = tl.arange(0, PARTS)[:, None, None] * E + tl.arange(0, E)[None, None, :]      # columns (PARTS,1,E)
+        q = tl.load(Q + (batch * M + m[None, :, None]) * W + w, (m < M)[None, :, None] & (w < W), 0.0)
+        limit = tl.load(LIMITS + batch * T + m // H, m < M, 0)                           # rows each query sees
         longest = tl.max(limit, 0)
         share = tl.cdiv(tl.cdiv(longest, splits), BLOCK_N) * BLOCK_N
         start, stop = split * share, tl.minimum((split + 1) * share, longest)
-        rows = ROWS + batch * batch_stride + start.to(tl.int64) * row_stride             # > 2^31 at 1M tokens
-        best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        rows = ROWS + batch * batch_stride + start.to(tl.int64) * W                      # > 2^31 at 2M tokens
+        best = tl.full([BLOCK_M], -1e30, tl.float32)                                     # not -inf: no inf - inf
         total = tl.zeros([BLOCK_M], tl.float32)
-        out = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        out = tl.zeros([PARTS, BLOCK_M, E], tl.float32)
         for first in range(start, stop, BLOCK_N):
             token = first + n
-            held = (token < stop)[:, None] & (w < W)[None, :]                            # junk may be NaN
-            row = tl.load(rows + n[:, None] * row_stride + w[None, :], held, 0.0)        # (N,W)
-            s = tl.dot(q, tl.trans(row), input_precision=PRECISION) * scale              # (M,N)
-            s = tl.where(token[None, :] < limit[:, None], s, float("-inf"))
+            held = (token < stop)[None, :, None] & (w < W)                               # junk may be NaN
+            row = tl.load(rows + n[None, :, None] * W + w, held, 0.0)                    # (PARTS,N,E)
+            s = tl.dot(q, tl.permute(row, 0, 2, 1), input_precision=PRECISION)           # (PARTS,M,N)
+            s = tl.where(token[None, :] < limit[:, None], tl.sum(s, 0) * scale, float("-inf"))
             new = tl.maximum(best, tl.max(s, 1))
-            base = tl.where(new == float("-inf"), 0.0, new)                              # nothing seen yet
-            p, shrink = tl.exp(s - base[:, None]), tl.exp(best - base)
-            total = total * shrink + tl.sum(p, 1)
-            out = out * shrink[:, None] + tl.dot(p.to(row.dtype), row, input_precision=PRECISION)
-            best = new
-            rows += BLOCK_N * row_stride
-        seen, place = total > 0, (batch * M + m) * splits + split
-        out = out / tl.where(seen, total, 1.0)[:, None]
-        tl.store(OUT + place[:, None] * R + w[None, :], out, (m < M)[:, None] & (w < R)[None, :])
-        tl.store(LSE + place, tl.where(seen, best + tl.log(tl.where(seen, total, 1.0)), float("-inf")), m < M)
+            p, shrink = tl.exp(s - new[:, None]), tl.exp(best - new)
+            best, total = new, total * shrink + tl.sum(p, 1)
+            p = tl.broadcast_to(p.to(row.dtype)[None], PARTS, BLOCK_M, BLOCK_N)
+            out = out * shrink[None, :, None] + tl.dot(p, row, input_precision=PRECISION)
+            rows += BLOCK_N * W
+        some, place = tl.where(total > 0, total, 1.0), (batch * M + m) * splits + split
+        out = out / some[None, :, None]
+        tl.store(OUT + place[None, :, None] * R + w, out, (m < M)[None, :, None] & (w < R))
+        tl.store(LSE + place, tl.where(total > 0, best + tl.log(some), float("-inf")), m < M)
+
+
+def kernel_launch(M, W, dtype=torch.bfloat16):
+    """How the kernel is compiled. In 2 bytes: 64 KB of rows on their way while 64 KB are computed, and no register
+    spilled on an H100 or H200 (a test compiles it; Triton before 3.9 needs smaller tiles). In 4: so that it fits."""
+    parts, block_m = (4, 32) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else (8, 16)
+    wide = max(triton.next_power_of_2(W), 16 * parts)
+    if wide > 1024:
+        raise UserError(f"latent rows of {W} values: the Triton kernel holds at most 1024; use smaller ranks "
+                        "or backend='torch'")
+    how = dict(PARTS=parts, E=wide // parts, num_warps=8)
+    if dtype == torch.float32:
+        return dict(how, BLOCK_M=16, BLOCK_N=16, num_stages=2, PRECISION="ieee")
+    block_m, block_n = 16 if M <= 16 else block_m, 32 if wide > 512 else 64
+    return dict(how, BLOCK_M=block_m, BLOCK_N=block_n, num_stages=3, PRECISION="tf32")
 
 
 def _attend_triton(q, rows, limits, rank, scale, splits=None):
     B, T, H, W = q.shape
-    M, wide = T * H, triton.next_power_of_2(max(W, 16))
-    if wide > 1024:
-        raise UserError(f"latent rows of {W} values: the Triton kernel holds at most 1024; use smaller ranks "
-                        "or backend='torch'")
-    assert rows.stride(2) == 1, "the values of a row must be contiguous"
+    M, how = T * H, kernel_launch(T * H, W, q.dtype if q.is_cuda else torch.bfloat16)
+    assert rows.stride()[1:] == (W, 1), "the rows of a sequence must lie one after the other"
     if not q.is_cuda:                                       # the interpreter computes bf16 wrongly
         q, rows = q.float(), rows.float()
-    block_m, block_n = 16 if M <= 16 else 32, 32 if wide > 512 else 64
-    blocks = triton.cdiv(M, block_m)
+    blocks = triton.cdiv(M, how["BLOCK_M"])
     if splits is None:                                  # fill the GPU once; depends on no length: CUDA graphs
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
         splits = max(1, min(cores // (B * blocks), triton.cdiv(rows.shape[1], 256)))
     out = torch.empty(B, M, splits, rank, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, M, splits, dtype=torch.float32, device=q.device)
-    _attend_kernel[(blocks, splits, B)](
-        q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale, *rows.stride()[:2],
-        R=rank, W=W, WIDE=wide, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, num_stages=3,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
-    out, lse = merge(out, lse)
-    return out.view(B, T, H, rank), lse.view(B, T, H)
+    _attend_kernel[(blocks, splits, B)](q.contiguous(), rows, limits.int().contiguous(), out, lse, M, H, T, scale,
+                                        rows.stride(0), R=rank, W=W, **how)
+    return out.view(B, T, H, splits, rank), lse.view(B, T, H, splits)
 
 
 def _attend_torch(q, rows, limits, rank, scale):
     n = max(1, int(limits.max()))
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, rows = q.to(dtype) * scale, rows[:, :n].to(dtype)
-    unseen = torch.arange(n, device=q.device) >= limits[:, :, None]                      # (B,T,n)
     s = torch.bmm(q.flatten(1, 2), rows.mT).unflatten(1, q.shape[1:3])                   # (B,T,H,n)
-    s = s.masked_fill_(unseen[:, :, None], float("-inf"))
-    lse = s.logsumexp(-1)
-    p = (s - lse.clamp_min(torch.finfo(dtype).min)[..., None]).exp_()                    # nothing seen: all 0
-    return torch.bmm(p.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3]), lse
+    if int(limits.min()) < n:
+        s.masked_fill_((torch.arange(n, device=q.device) >= limits[:, :, None])[:, :, None], float("-inf"))
+    top = s.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)            # nothing seen: all 0
+    total = s.sub_(top).exp_().sum(-1, keepdim=True)                                     # s: now Σ's terms
+    out = torch.bmm(s.flatten(1, 2), rows[..., :rank]).unflatten(1, q.shape[1:3])
+    return (out / total.clamp_min(torch.finfo(dtype).tiny))[..., None, :], top + total.log()
 
 
 def latent_attend(q, rows, limits, rank, scale, backend=None):
-    """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
-    columns of a row are its value -> out (B,T,H,R), lse (B,T,H); fp32, or fp64 of fp64 in the reference.
+    """q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank` columns of
+    a row are its value. The kernel cuts the rows into S sets, the reference into one -> out (B,T,H,S,R), what attention
+    over each gives, lse (B,T,H,S), the log-sum-exp of its scores: for `merge_shares`. fp32, or fp64 of fp64.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
     backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
@@ -414,30 +424,38 @@ class M2LA(Attention):
         return torch.cat([k, k_rope[:, None].expand(-1, self.kv_heads, -1, -1)], -1), v
 
     def attend_rebuilt(self, q_nope, q_rope, cache, layer):
-        """Many new tokens: rebuild k, v from the cached rows; one decoder per segment."""
-        parts = [self.split_heads(F.linear(rows[..., :rank], *decoder), rows[..., rank:])
-                 for decoder, rank, rows in zip(self.decoders(), self.ranks, cache.view(layer))]
-        k, v = (torch.cat(part, 2) for part in zip(*parts))
-        return attend_cached(torch.cat([q_nope, q_rope], -1), k, v, cache, self.scale)
+        """Many new tokens: rebuild k, v from the cached rows, by each segment's decoder. One KV head at a time: of all
+        heads they would be four times as large as the layer's rows."""
+        decoders = [[t.unflatten(0, (2, self.kv_heads, -1)) for t in decoder] for decoder in self.decoders()]
+        outs = []
+        for g, q in enumerate(torch.cat([q_nope, q_rope], -1).chunk(self.kv_heads, 1)):  # (B,H/G,T,Dh+P)
+            parts = []
+            for (weight, bias), rank, rows in zip(decoders, self.ranks, cache.view(layer)):
+                k, v = F.linear(rows[..., :rank], weight[:, g].flatten(0, 1), bias[:, g].flatten()).chunk(2, -1)
+                parts.append((torch.cat([k, rows[..., rank:]], -1), v))                  # (B,N_m,Dh+P), (B,N_m,Dh)
+            k, v = (torch.cat(part, 1)[:, None] for part in zip(*parts))                 # (B,1,N,·)
+            outs.append(attend_cached(q, k, v, cache, self.scale))
+        return torch.cat(outs, -1)
 
     def attend_absorbed(self, q_nope, q_rope, cache, layer):
-        """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the
-        rows themselves. So v = U' c + b' is applied to the attended latent. b differs by segment: it enters
-        the segment's log-sum-exp, by which the segments are merged, exactly."""
+        """Few new tokens: as k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: queries meet the rows
+        themselves. So v = U' c + b' is applied to the attended latent. A segment's b enters its log-sum-exps."""
         q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)                  # (B,T,H,·)
         q = q_nope.unflatten(2, (self.kv_heads, -1))                                     # (B,T,G,H/G,Dh)
-        outs, lses = [], []
+        parts, merged = [], 0
         for m, ((weight, bias), rank) in enumerate(zip(self.decoders(), self.ranks)):
             up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)              # (G,Dh,R)
             bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)               # (G,1,Dh)
             q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)           # (B,T,H,R)
-            latent, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m],
-                                        cache.limits[m], rank, self.scale)               # (B,T,H,R), (B,T,H)
-            lses.append(lse + self.scale * (q * bias_k).sum(-1).flatten(2))
-            latent = latent.to(q.dtype).unflatten(2, (self.kv_heads, -1))
-            outs.append((torch.einsum("btgir,gdr->btgid", latent, up_v) + bias_v).flatten(2, 3))
-        out, _ = merge(torch.stack(outs, -2).to(lse.dtype), torch.stack(lses, -1))                # (B,T,H,Dh)
-        return out.to(q.dtype).flatten(2)
+            out, lse = latent_attend(torch.cat([q_latent, q_rope], -1), cache.rows[layer][m], cache.limits[m], rank,
+                                     self.scale)                                         # (B,T,H,S,R), (B,T,H,S)
+            parts.append((out, lse + self.scale * (q * bias_k).sum(-1).flatten(2)[..., None], up_v, bias_v))
+        shares = merge_shares(torch.cat([lse for _, lse, _, _ in parts], -1)).split([p[1].shape[3] for p in parts], -1)
+        for share, (out, _, up_v, bias_v) in zip(shares, parts):
+            latent = (share[..., None, :] @ out).to(q.dtype).view(*q.shape[:4], -1)              # (B,T,G,H/G,R)
+            share = share.sum(-1).to(q.dtype).view(*q.shape[:4], 1)
+            merged = merged + torch.einsum("btgir,gdr->btgid", latent, up_v) + share * bias_v
+        return merged.flatten(2)
 
     @classmethod
     @torch.no_grad()

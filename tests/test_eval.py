@@ -350,30 +350,73 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
 
 # ---- the decode bench and the command -------------------------------------------------------------------------------
 
-def test_the_eager_baseline_computes_the_same_attention_as_the_cached_layer():
+@torch.no_grad()
+def test_the_eager_baseline_computes_the_same_attention_as_the_layer():
     torch.manual_seed(0)
-    gqa = evaluation.GQA(64, 4, 2, 16, 1e-6)
+    gqa, eager = iv3.GQA(64, 4, 2, 16, 1e-6), evaluation.EagerGQA(64, 4, 2, 16, 1e-6)
+    eager.load_state_dict(gqa.state_dict())
     x, vision = torch.randn(1, 7, 64), torch.zeros(1, 7, dtype=torch.bool)
     rope = evaluation.mrope(torch.arange(7).expand(3, 1, 7), 16, 1e4, (3, 3, 2))
-    with torch.no_grad():
-        whole = gqa(x, rope, vision)
-        k = v = torch.zeros(1, 2, 0, 16)
-        for t in range(7):
-            out, k, v = evaluation.eager_step(gqa, x[:, t:t + 1], [r[:, t:t + 1] for r in rope], k, v)
-            assert torch.allclose(out[:, 0], whole[:, t], atol=1e-5)
+    whole, cache = gqa(x, rope, vision), evaluation.GrownCache([torch.zeros(2, 1, 2, 0, 16)])
+    for t in range(7):
+        out = eager(x[:, t:t + 1], [r[:, t:t + 1] for r in rope], vision[:, :1], cache=cache)
+        assert torch.allclose(out[:, 0], whole[:, t], atol=1e-5)
 
 
-def test_bench_decode_times_the_three_side_by_side(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+@torch.no_grad()
+def test_decode_models_share_their_weights_and_a_step_is_repeatable(device):
+    """A step, a graph on a GPU, gives the logits that the model gives, also a second time."""
+    cfg = iv3.Config(layers=2, deepstack=())
+    models = evaluation.decode_models(cfg, False, device, torch.float32)
+    attn = {kind: model.language_model.layers[1].self_attn for kind, model in models.items()}
+    assert len({layer.k_proj.weight.data_ptr() for layer in attn.values()}) == 1
+    assert [type(layer).__name__ for layer in attn.values()] == ["M2LA", "GQA", "EagerGQA"]
+    ids, positions = torch.full((1, 1), 2, device=device), torch.full((3, 1, 1), 40, device=device)
+    for kind, model in models.items():
+        step, cache = evaluation.decode_step(model, 40, kind == "gqa_eager")
+        cache.truncate(40)
+        first = step().clone()
+        assert first.shape == (1, 1, cfg.vocab) and first.isfinite().all() and first.any()
+        if kind != "gqa_eager":
+            assert int(cache.lengths) == 41 and cache.nbytes() == (41 if kind == "gqa" else 20.5) * 2 * 2 * 64 * 4
+            for again in (step, lambda model=model, cache=cache: model.logits(model(ids, positions, cache=cache))):
+                cache.truncate(40)
+                torch.testing.assert_close(again(), first, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", ["--layers 2", "--attention-only"])
+def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, capsys):
     file = tmp_path / "decode.json"
-    arguments = "eval.py --bench decode --contexts 32,64 --layers 1 --steps 2 --json".split() + [str(file)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    arguments = f"eval.py --bench decode --contexts 32,64 {more} --steps 2 --json {file}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
     evaluation.main()
     result = json.loads(file.read_text())
-    assert [row["context"] for row in result["rows"]] == [32, 64] and result["env"]["layers"] == 1
+    layers = 1 if more == "--attention-only" else 2
+    assert [row["context"] for row in result["rows"]] == [32, 64] and result["env"]["layers"] == layers
     for row in result["rows"]:
-        assert {"name", "context", "m2la_ms", "gqa_ms", "gqa_eager_ms", "cache_ratio"} == set(row)
         assert row["cache_ratio"] == 0.5 and min(row["m2la_ms"], row["gqa_ms"], row["gqa_eager_ms"]) > 0
+        assert row["gqa_cache_mb"] == pytest.approx(row["context"] * layers * 2 * 64 * 4 / 1e6)
+        assert row["speedup"] == row["gqa_ms"] / row["m2la_ms"]
+        assert row["gqa_of_copy"] == row["gqa_gb_s"] / result["env"]["copy_gb_s"]
     assert "gqa_eager_ms" in capsys.readouterr().out
+
+
+def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    """64 tokens of a tiny layer take 16 kB in M²LA's cache, 33 in GQA's, 131 in the eager one with its copies."""
+    free = iter([1.0, 1.0, 40e-6, 20e-6, 7e-6])                  # GB: for the weights, then for each context
+    monkeypatch.setattr(evaluation, "free_memory", lambda device: next(free))
+    monkeypatch.setattr(sys, "argv", f"eval.py --bench decode --contexts 64,64,64,64 --attention-only --steps 1 --json "
+                                     f"{tmp_path / 'd.json'}".split())
+    evaluation.main()
+    rows, out = json.loads((tmp_path / "d.json").read_text())["rows"], capsys.readouterr().out
+    assert [[row[f"{k}_ms"] is not None for k in ("m2la", "gqa", "gqa_eager")] for row in rows] == [
+        [True, True, True], [True, True, False], [True, False, False]]
+    assert out.count("context 64: no gqa_eager") == 3 and out.count("no m2la") == 1
+    monkeypatch.setattr(evaluation, "free_memory", lambda device: 1e-5)
+    with pytest.raises(UserError, match="the weights need .* GB"):
+        evaluation.main()
 
 
 @pytest.mark.parametrize("arguments, word", [

@@ -1,16 +1,25 @@
 """m2la.py: RoPE, GQA, the latent kernel, caches, calibration, conversion: each against an independent computation."""
 import itertools
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
+import iv3
 import m2la
 from iv3 import Config
-from m2la import GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge, mrope
+from m2la import (GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge_shares,
+                  mrope)
 
 HIDDEN, HEADS, KV, DH, THETA, SECTIONS = 64, 4, 2, 16, 1e4, (4, 2, 2)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -121,6 +130,11 @@ CASES = {                       # B, T, H, R, P, longest, splits
 }
 
 
+def merged(out, lse):
+    """Attention over all rows, from that over sets of them."""
+    return (merge_shares(lse)[..., None, :] @ out).squeeze(-2), lse.logsumexp(-1)
+
+
 @kernel
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
@@ -134,10 +148,10 @@ def test_kernel_equals_fp64(case, device, dtype=torch.float32, tolerance=1e-5):
         lengths[1], lengths[2] = 0, 1                                                    # empty and very short
     limits = (lengths[:, None] - T + 1 + torch.arange(T)).clamp_min(0).to(device)
     scale = (R + P) ** -0.5
-    expected, expected_lse = latent_attend(q.double(), rows.double(), limits, R, scale, "torch")
+    expected, expected_lse = merged(*latent_attend(q.double(), rows.double(), limits, R, scale, "torch"))
     for b in range(B):
         rows[b, lengths[b]:] = float("nan")                                              # junk must not be read
-    out, lse = m2la._attend_triton(q, rows, limits, R, scale, splits)
+    out, lse = merged(*m2la._attend_triton(q, rows, limits, R, scale, splits))
     assert out.shape == (B, T, H, R) and out.dtype == lse.dtype == torch.float32
     close(out, expected, tolerance)
     empty = limits == 0
@@ -146,9 +160,70 @@ def test_kernel_equals_fp64(case, device, dtype=torch.float32, tolerance=1e-5):
 
 
 @cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_in_bf16(case):
-    test_kernel_equals_fp64(case, "cuda", torch.bfloat16, 5e-3)
+def test_kernel_in_two_bytes(case, dtype):
+    test_kernel_equals_fp64(case, "cuda", dtype, 5e-3)
+
+
+@kernel
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_addresses_beyond_int32(device):
+    """Sequences that lie 2^30 values apart (the storage is never touched in between), and, on a GPU, 2^31 in one."""
+    lengths, stride = torch.tensor([33, 40, 64]), 2 ** 30
+    rows = torch.empty(2 * stride + 64 * 64, device=device).as_strided((3, 64, 64), (stride, 64, 1))
+    q, small = torch.randn(3, 1, 4, 64, device=device), torch.randn(3, 64, 64, device=device)
+    rows.copy_(small)
+    out, _ = merged(*m2la._attend_triton(q, rows, lengths[:, None].to(device), 48, 0.1, splits=2))
+    close(out, merged(*latent_attend(q, small, lengths[:, None].to(device), 48, 0.1, "torch"))[0], 1e-5)
+    if device == "cuda":
+        N = 2 ** 21 + 100
+        rows = torch.randn(1, N, 1024, device=device, dtype=torch.bfloat16)
+        q, limits = torch.randn(1, 1, 32, 1024, device=device, dtype=torch.bfloat16), torch.tensor([[N]], device=device)
+        close(merged(*latent_attend(q, rows, limits, 896, 0.03, "triton"))[0],
+              merged(*latent_attend(q, rows, limits, 896, 0.03, "torch"))[0], 5e-3)
+
+
+COMPILE = """                  # in a process of its own: where TRITON_INTERPRET is set, the kernel is none to compile
+import json, re, subprocess, sys, tempfile, torch, triton, m2la
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+assert tool.exists(), f"no {tool}"
+for heads, tokens, R, P, kind in json.loads(sys.argv[1]):
+    how = m2la.kernel_launch(heads * tokens, R + P, {"bf16": torch.bfloat16, "fp32": torch.float32}[kind])
+    options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
+    names = m2la._attend_kernel.arg_names
+    constants = dict(how, R=R, W=R + P) | ({"T": 1} if tokens == 1 else {})             # Triton's own: ints that are 1
+    types = [f"*{kind}"] * 2 + ["*i32", "*fp32", "*fp32", "i32", "i32", "i32", "fp32", "i64"]
+    signature = {n: "constexpr" if n in constants else types[i] for i, n in enumerate(names)}
+    aligned = [i for i, n in enumerate(names) if signature[n][0] in "*i" and n != "T"]  # multiples of 16, as launched
+    source = ASTSource(m2la._attend_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    print(json.dumps([int(re.search(r"STACK:(\\d+)", usage)[1]), binary.metadata.shared, binary.asm["ptx"]]))
+"""
+
+
+@kernel
+def test_kernel_compiles_for_an_h100_without_spills(tmp_path):
+    """As launched: no stack (nothing spilled), shared memory within the 227 KB of sm_90, rows loaded ahead. The 8B
+    shape with one and with several new tokens, half its rank, and the fp32 of tests, which is slow but must fit."""
+    shapes = [(32, 1, 896, 128, "bf16"), (32, 4, 896, 128, "bf16"), (32, 1, 384, 128, "bf16"),
+              (32, 1, 896, 128, "fp32")]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(shapes)], capture_output=True, text=True, env=env,
+                          cwd=Path(m2la.__file__).parent)
+    if re.search(r"ImportError|ModuleNotFoundError|no /\S+cuobjdump", done.stderr):
+        pytest.skip(f"this Triton cannot compile without a GPU: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    for shape, line in zip(shapes, done.stdout.splitlines(), strict=True):
+        stack, shared, ptx = json.loads(line)
+        assert shared <= 232448, (shape, shared)
+        assert shape[-1] == "fp32" or (stack == 0 and "cp.async" in ptx), (shape, stack)
 
 
 @pytest.mark.parametrize("device, backend", [("cpu", "torch"), pytest.param("cpu", "triton", marks=kernel),
@@ -156,7 +231,7 @@ def test_kernel_in_bf16(case):
 def test_latent_attend_equals_softmax(device, backend):
     q, rows = torch.randn(2, 3, 4, 40, device=device), torch.randn(2, 50, 40, device=device)
     limits = torch.tensor([[10, 11, 12], [48, 49, 50]], device=device)
-    out, lse = latent_attend(q, rows, limits, 30, 0.2, backend)
+    out, lse = merged(*latent_attend(q, rows, limits, 30, 0.2, backend))
     for b in range(2):
         for t in range(3):
             seen = rows[b, :limits[b, t]].double()
@@ -182,11 +257,10 @@ def test_merge_of_unequal_and_empty_sets():
     outs = torch.stack([score[:, p].softmax(-1)[:, None] @ value[:, p] for p in parts], -2)[:, 0]
     lses = torch.stack([score[:, p].logsumexp(-1) if p.start < 40 else torch.full((3,), -math.inf).double()
                         for p in parts], -1)
-    out, lse = merge(outs, lses)
+    out, lse = merged(outs, lses)
     close(out, (score.softmax(-1)[:, None] @ value)[:, 0], 1e-12)
     close(lse, score.logsumexp(-1), 1e-12)
-    out, lse = merge(torch.zeros(2, 3), torch.full((2,), -math.inf))
-    assert (out == 0).all() and lse == -math.inf
+    assert merge_shares(torch.full((2,), -math.inf)).isfinite().all()                    # of outputs that are 0
 
 
 # ------------------------------------------------------------------------------------------------ caches
@@ -213,6 +287,7 @@ def test_cached_equals_full(kind, backend, device, monkeypatch):
     dtype = torch.float32 if "triton" in backend or device == "cuda" else torch.float64
     module, cache = layer(kind, dtype, device), new_cache(kind, 2, dtype=dtype, device=device)
     x, rope, vision = sample(T=35, dtype=dtype, device=device)
+    vision[0, :9] = False                                     # single tokens meet an empty segment first
     full = module(x, rope, vision)
     steps = [0, 7, 8, 9, 12, 24, 25, 33, 35]
     outs = [feed(module, cache, x, rope, vision, *part) for part in zip(steps, steps[1:])]
@@ -220,15 +295,69 @@ def test_cached_equals_full(kind, backend, device, monkeypatch):
     assert cache.lengths.tolist() == [35, 35]
 
 
+@pytest.mark.parametrize("device, dtype, tolerance", [
+    ("cpu", torch.float64, 1e-12), ("cpu", torch.float32, 1e-5), ("cpu", torch.float16, 5e-3),
+    *[pytest.param("cuda", dtype, tolerance, marks=cuda)
+      for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 3e-2))]])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_long_cached_prefill_in_blocks(kind, monkeypatch):
-    module, (x, rope, vision) = layer(kind), sample(T=35)
+def test_prefill_in_chunks(kind, device, dtype, tolerance, monkeypatch):
+    """As one fp64 forward; both modalities, chunks that begin and end in either, attention in small query blocks, and
+    in a second sequence padding, which fills its last chunk."""
+    module, (x, rope, vision) = layer(kind), sample(T=75)
     full = module(x, rope, vision)
-    monkeypatch.setattr(m2la, "BLOCK_SCORES", 500)
-    cache = new_cache(kind, 2)
-    outs = [feed(module, cache, x, rope, vision, *part) for part in ((0, 5), (5, 35))]
-    close(torch.cat(outs, 1), full, 1e-12)
+    module, cache, x = module.to(device, dtype), new_cache(kind, 2, 75, dtype, device), x.to(device, dtype)
+    rope, vision, valid = [r.to(device) for r in rope], vision.to(device), torch.arange(75) < torch.tensor([[75], [50]])
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 1500)
+    outs = [feed(module, cache, x, rope, vision, start, start + 19, valid[:, start:start + 19].to(device))
+            for start in range(0, 75, 19)]
+    close(torch.cat(outs, 1).cpu()[valid], full[valid], tolerance)
+    assert cache.lengths.tolist() == [75, 50]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest new tensor that any operation made."""
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.seen = max(self.seen, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_prefill_takes_little_memory(kind, monkeypatch):
+    """A chunk behind 800 tokens makes nothing larger than the keys of one KV head."""
+    module, (x, rope, vision) = layer(kind), sample(B=1, T=840)
+    cache = new_cache(kind, 1, 840)
+    feed(module, cache, x, rope, vision, 0, 800)
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 2000)
+    with Largest() as largest:
+        feed(module, cache, x, rope, vision, 800, 840)
+    assert 0 < largest.seen <= 8 * 840 * (DH + 12)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "m2la", "released"])
+@torch.no_grad()
+def test_a_model_prefills_in_chunks(attn, monkeypatch):
+    """A batch of two videos with text and padding, DeepStack included: chunks of 16 as one forward without a cache."""
+    torch.manual_seed(0)
+    kind = dict(rope_width=32, ranks=((24, 24),) * 2) if attn != "gqa" else {}
+    model = iv3.InternVideo3(Config(layers=2, attn=attn, **kind), (1, 2)).eval()
+    ids = torch.randint(3, 1000, (2, 70))
+    ids[0, 5:29], ids[1, 30:42] = 1, 2                                                   # 24 and 12 vision tokens
+    valid = torch.arange(70) < torch.tensor([[70], [50]])
+    batch = dict(ids=ids, positions=torch.arange(70).expand(3, 2, 70), grids=torch.tensor([[4, 4]] * 9),
+                 patches=torch.randint(0, 256, (144, 3 * 2 * 16 * 16), dtype=torch.uint8))
+    one = model(**batch)
+    monkeypatch.setattr(iv3, "PREFILL", 16)
+    cache = model.new_cache(2, 70)
+    close(model(**batch, cache=cache, valid=valid)[valid], one[valid], 1e-5)
+    assert cache.lengths.tolist() == [70, 50]
 
 
 @pytest.mark.parametrize("prefill", [16, 6])
