@@ -516,7 +516,7 @@ def patchify(frames, cfg, image=False):
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
     if size != tuple(x.shape[2:]):
-        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)           # bytes throughout, as Pillow does it
     x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge,
                   p=cfg.patch, q=cfg.patch)
     return x, (size[0] // cfg.patch, size[1] // cfg.patch)

@@ -6,7 +6,10 @@ Written for transformers 4.57.3, the version the authors pin; run with 5.23.0 to
 - the model wants `mm_token_type_ids` (0 text, 1 image, 2 video) beside the ids to find positions and cannot do without;
 - the processor replaces only <|video_pad|>, so the template's <|vision_start|>…<|vision_end|> stays around all patches
   of a video. 4.57.3, which the checkpoints were trained with, replaces it too, and so do we.
-Neither runs its pixel preprocessing without torchvision; patches are ours on both sides, sizes are compared."""
+Neither imports its pixel preprocessing without torchvision: sizes and pixels are compared with its source alone, with
+Pillow's rule written out in the place of torchvision's resize; everywhere else patches are ours on both sides."""
+import __future__
+
 import ast
 import importlib.util
 import itertools
@@ -22,6 +25,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import jinja2
+import numpy as np
 import pytest
 import torch
 from test_iv3 import noise, user, video, write_image, write_video
@@ -225,18 +229,77 @@ def test_transformers_5_keeps_a_pair_around_a_video(directory):
     assert block == "".join(f"<{t} seconds><|vision_start|><|video_pad|><|vision_end|>" for t in ("0.2", "1.2"))
 
 
+def source_of(name, file, **scope):
+    """A function or method of a module of transformers that cannot be imported without torchvision."""
+    folder = Path(importlib.util.find_spec("transformers.models").submodule_search_locations[0])
+    node = next(n for n in ast.walk(ast.parse((folder / file).read_text())) if getattr(n, "name", None) == name)
+    node.decorator_list = []
+    code = compile(ast.Module([node], []), name, "exec", flags=__future__.annotations.compiler_flag)
+    exec(code, scope)
+    return scope[name]
+
+
+VIDEO_FILE = "qwen3_vl/video_processing_qwen3_vl.py"
+IMAGE_FILE = "qwen2_vl/image_processing_qwen2_vl_fast.py"
+IMAGE_SIZES = "qwen2_vl/image_processing_qwen2_vl.py"
+
+
 def test_sizes_are_theirs():
-    """`smart_resize` of the video preprocessor, whose module asks for torchvision: its source alone."""
-    path = importlib.util.find_spec("transformers.models.qwen3_vl").submodule_search_locations[0]
-    source = ast.parse((Path(path) / "video_processing_qwen3_vl.py").read_text())
-    scope = {"math": math}
-    function = [node for node in source.body if getattr(node, "name", None) == "smart_resize"]
-    exec(compile(ast.Module(function, []), "smart_resize", "exec"), scope)
-    rng = random.Random(0)
+    smart_resize, rng = source_of("smart_resize", VIDEO_FILE, math=math), random.Random(0)
     for _ in range(2000):
         n, h, w = rng.randint(2, 40), rng.randint(32, 900), rng.randint(32, 900)
         limits = rng.choice([(4096, 25_165_824), (10 ** 6, 2 * 10 ** 6)])
-        assert iv3.target_size(n, h, w, 32, *limits) == scope["smart_resize"](n, h, w, 2, 32, *limits), (n, h, w)
+        assert iv3.target_size(n, h, w, 32, *limits) == smart_resize(n, h, w, 2, 32, *limits), (n, h, w)
+
+
+def pillow_resize(image, size, **_):
+    """Bicubic with antialiasing on bytes (…,H,W), as Pillow documents it: first along the width, then along the height,
+    and bytes again after each, which cuts what overshoots. Keys' kernel (a = -1/2), wider where the picture shrinks."""
+    x = image
+    for old, new in ((x.shape[-1], size.width), (x.shape[-2], size.height)):
+        centre = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new
+        d = ((torch.arange(old) + 0.5) - centre[:, None]).abs() / max(1, old / new)                 # (new, old)
+        weight = torch.where(d < 1, 1.5 * d ** 3 - 2.5 * d ** 2 + 1,
+                             torch.where(d < 2, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2, 0))
+        x = (x.double() @ (weight / weight.sum(1, keepdim=True)).T).round().clamp(0, 255).mT        # turned twice
+    return x.byte()
+
+
+def their_pixels(frames, cfg, image):
+    """What transformers' preprocessor makes of frames (F,H,W,3) → (pixel values, grid (t, h, w))."""
+    utils = [transformers.image_utils, transformers.image_transforms, transformers.video_utils]
+    scope = {k: v for module in utils for k, v in vars(module).items()} | {
+        "torch": torch, "BatchFeature": transformers.BatchFeature, "PILImageResampling": SimpleNamespace(BICUBIC=3)}
+    file, limits = (IMAGE_FILE, "pixels") if image else (VIDEO_FILE, "volume")
+    scope["smart_resize"] = source_of("smart_resize", IMAGE_SIZES if image else VIDEO_FILE, math=math)
+    processor = SimpleNamespace(
+        resize=pillow_resize, rescale_and_normalize=lambda x, _, factor, __, mean, std: (x * factor - mean) / std)
+    size = transformers.image_utils.SizeDict(shortest_edge=getattr(cfg, f"min_{limits}"),
+                                             longest_edge=getattr(cfg, f"max_{limits}"))
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    out = source_of("_preprocess", file, **scope)(
+        processor, [x[0] if image else x], do_resize=True, size=size, interpolation=None,
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5, patch_size=16,
+        temporal_patch_size=2, merge_size=2, disable_grouping=False, return_tensors="pt")
+    return [out[key] for key in sorted(out, key=lambda key: "grid" in key)]
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 divides these methods otherwise")
+@pytest.mark.parametrize("shape, image", [
+    ((4, 64, 96), False), ((5, 123, 201), False), ((3, 240, 432), False), ((2, 33, 40), False), ((1, 96, 64), True),
+    ((1, 123, 201), True), ((1, 500, 300), True)])
+def test_pixels_are_theirs(shape, image):
+    """Noise, as it is, smaller and larger. Nothing is resized in the first: equal but for the rounding of x/127.5 - 1.
+    Elsewhere within two levels of 255 and mostly equal: torch resizes bytes with 16-bit weights, here they are exact.
+    (Its resize is torchvision's: with torchvision 0.28, transformers 4.57.3 gave all our values to 6e-8.)"""
+    cfg = Config.preset("qwen3-vl-8b")
+    frames = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    patches, grid = iv3.patchify(frames, cfg, image)
+    expected, expected_grid = their_pixels(frames, cfg, image)
+    assert expected_grid.tolist() == [[(shape[0] + 1) // 2, *grid]]
+    off = (patches / 127.5 - 1 - expected).abs() * 127.5
+    resized = (16 * grid[0], 16 * grid[1]) != shape[1:]
+    assert off.max() < (2.01 if resized else 1e-4) and (off > 0.5).float().mean() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
