@@ -139,11 +139,12 @@ class Config:
                 need(theirs in have, f"{path}: {part}.{theirs} is missing")
                 values[ours] = have[theirs]
         values["pos_side"], text = math.isqrt(values["pos_side"]), config["text_config"]
-        if rank := text.get("kv_lora_rank"):
+        if ranks := text.get("kv_lora_rank"):                                # of all layers, or a list
             for key in MLA_WIDTHS:
                 need(text.get(key) == values["head_dim"],
                      f"{path}: text_config.{key} is {text.get(key)}: must be head_dim, {values['head_dim']}")
-            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": ((rank,) * 2,) * values["layers"]}
+            ranks = ranks if isinstance(ranks, list) else [ranks] * values["layers"]
+            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": [[rank, rank] for rank in ranks]}
         for kind, file in (("pixels", "preprocessor_config.json"), ("volume", "video_preprocessor_config.json")):
             if (path.parent / file).is_file() and (size := read_json(path.parent / file).get("size")):
                 values |= {f"min_{kind}": size["shortest_edge"], f"max_{kind}": size["longest_edge"]}
@@ -157,7 +158,9 @@ class Config:
         text["rope_scaling"] = {k: text.pop(k) for k in ("rope_type", "mrope_interleaved", "mrope_section")}
         text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262_144}
         if self.attn == "released":
-            text |= {"kv_lora_rank": self.ranks[0][0], "q_lora_rank": None, **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
+            ranks = [rank for rank, _ in self.ranks]
+            text |= {"kv_lora_rank": ranks[0] if len(set(ranks)) == 1 else ranks, "q_lora_rank": None,
+                     **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
         vision |= {"model_type": "qwen3_vl", "num_position_embeddings": self.pos_side ** 2,
                    "out_hidden_size": self.hidden}
         ids = {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (

@@ -438,17 +438,18 @@ class AuthorsAttention(torch.nn.Module):
 MLA = dict(kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 
 
+@pytest.mark.parametrize("ranks", [24, [24, 16, 20]], ids=["one-rank", "a-rank-per-layer"])
 @torch.no_grad()
-def test_the_released_layout(tmp_path):
+def test_the_released_layout(ranks, tmp_path):
     """Logits of one forward and of prefill and decode; what we write holds the same tensors under the same names."""
     random_checkpoint(tmp_path, tied=False)
     theirs, _ = theirs_of(tmp_path)
     shutil.rmtree(tmp_path)
-    for layer in theirs.model.language_model.layers:
-        layer.self_attn = AuthorsAttention(48, 4, 16, 24)
+    for layer, rank in zip(theirs.model.language_model.layers, ranks if isinstance(ranks, list) else [ranks] * 3):
+        layer.self_attn = AuthorsAttention(48, 4, 16, rank)
     theirs.save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["text_config"] |= MLA
+    config["text_config"] |= MLA | {"kv_lora_rank": ranks}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     random_checkpoint(tmp_path / "gqa", tied=False)
     shutil.copy(tmp_path / "gqa" / "tokenizer.json", tmp_path / "hf")
@@ -469,6 +470,13 @@ def test_the_released_layout(tmp_path):
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     limits = {name: getattr(ours.cfg, name) for name in LIMITS}
     assert replace(Config.from_hf(tmp_path / "ours"), **limits) == ours.cfg
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]["kv_lora_rank"] == ranks
+    for wrong, named in (([24, 16, 20, 20], "3 pairs of ranks, one per layer; has 16 and 4"),
+                         ([24, 24, 12], r"layers.\d.self_attn.kv_.*is \(.*, the config needs \(")):
+        config["text_config"] |= {"kv_lora_rank": wrong}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=named):
+            iv3.load_model(tmp_path / "hf")
 
 
 def test_the_config_of_the_released_8b(directory, tmp_path):
