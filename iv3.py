@@ -573,7 +573,10 @@ class Tokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers."""
+    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers. Saved with it are the
+    files beside it that transformers and vLLM want and we do not need."""
+    BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+              "tokenizer_config.json", "video_preprocessor_config.json")
 
     def __init__(self, path):
         try:
@@ -582,6 +585,7 @@ class HFTokenizer:
             raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
         self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
         self.token_id = self.inner.token_to_id
+        self.beside = {f.name: f.read_bytes() for f in map(path.with_name, self.BESIDE) if f.is_file()}
         for special in SPECIALS:
             need(self.token_id(special) is not None, f"{path}: has no token {special}")
 
@@ -593,6 +597,8 @@ class HFTokenizer:
 
     def save(self, directory):
         self.inner.save(str(Path(directory) / "tokenizer.json"))
+        for name, data in self.beside.items():
+            (Path(directory) / name).write_bytes(data)
 
 
 @dataclass
@@ -911,8 +917,8 @@ def read_weights(directory):
 
 
 def save_hf(directory, model, tokenizer):
-    """Write a Hugging Face checkpoint as transformers, or the authors' code, reads it: model.safetensors, config.json,
-    tokenizer.json. Chat template, preprocessor settings and the authors' code are files to copy from the original."""
+    """Write a Hugging Face checkpoint as transformers, vLLM or the authors' code read it: model.safetensors,
+    config.json, the tokenizer with the files beside it. The authors' code itself is a file of theirs to copy."""
     directory, cfg = Path(directory), model.cfg
     need(cfg.attn != "m2la", f"{directory}: Hugging Face's layouts have no room for this attention; fold() it first")
     need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")

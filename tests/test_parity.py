@@ -116,6 +116,8 @@ def random_checkpoint(directory, tied):
     for kind, low in (("", 2048), ("video_", 1024)):
         (directory / f"{kind}preprocessor_config.json").write_text(json.dumps(
             {"size": {"shortest_edge": low, "longest_edge": 10 ** 7}}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return directory
 
 
@@ -334,8 +336,19 @@ def test_what_we_write_transformers_reads(world, tmp_path):
     ours, processor = iv3.load_model(iv3.find_model(tmp_path / "hf"))
     hidden = ours(sample.ids[None], sample.positions[:, None], sample.patches, sample.grids)
     torch.testing.assert_close(ours.logits(hidden), expected, **CLOSE)
-    limits = {name: getattr(Config.preset("qwen3-vl-2b"), name) for name in LIMITS}     # not written: the original's
-    assert ours.cfg == replace(world.ours.cfg, **limits) and processor.tokenizer.tokens[:13] == list(iv3.SPECIALS)
+    assert ours.cfg == world.ours.cfg and processor.tokenizer.tokens[:13] == list(iv3.SPECIALS)
+
+
+def test_what_we_do_not_read_is_passed_on(world, tmp_path):
+    """By training in our format too: the chat template and settings that transformers and vLLM look for."""
+    iv3.save_model(tmp_path / "trained", world.ours, world.processor.tokenizer)
+    iv3.save_hf(tmp_path / "hf", world.ours, iv3.load_model(tmp_path / "trained")[1].tokenizer)
+    names = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+             "video_preprocessor_config.json"]
+    assert all((tmp_path / "hf" / name).read_bytes() == (world.directory / name).read_bytes() for name in names)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    sample = world.processor.encode(CONVERSATIONS["text"])
+    assert tokenizer.apply_chat_template(CONVERSATIONS["text"], return_dict=False) == sample.ids.tolist()
 
 
 @torch.no_grad()
