@@ -617,8 +617,9 @@ class Encoded:
 
 
 class Processor:
-    """Chat messages → Encoded. The template is concatenative: to continue a conversation, encode its new messages with
-    `offset` = the next position. Decoded videos are kept, up to `cache_bytes` of pixels."""
+    """Chat messages → Encoded. To continue a conversation, encode its new messages with `offset` = the next position:
+    the template is concatenative, except that tool messages in a row share a turn. Decoded videos are kept, up to
+    `cache_bytes` of pixels."""
 
     def __init__(self, tokenizer, cfg, cache_bytes=2 ** 30):
         self.tokenizer, self.cfg = tokenizer, cfg
@@ -647,12 +648,16 @@ class Processor:
     def encode(self, messages, root=".", generation=False, offset=0):
         """messages of a row (see `row_rules`), media relative to `root`; `generation` opens an assistant turn."""
         texts, patches, grids, frames = [], [], [], 0                         # texts: (text, the assistant writes it)
-        for message in messages:
+        roles = [None, *(message["role"] for message in messages), None]
+        for message, before, after in zip(messages, roles, roles[2:]):
             role, content = message["role"], message["content"]
             if role == "assistant":
                 texts += [("<|im_start|>assistant\n", False), (content + "<|im_end|>", True), ("\n", False)]
                 continue
-            text = "<|im_start|>user\n<tool_response>\n" if role == "tool" else f"<|im_start|>{role}\n"
+            text, end = f"<|im_start|>{role}\n", "<|im_end|>\n"
+            if role == "tool":                                                # tools in a row answer in one user turn
+                text = "\n<tool_response>\n" if before == "tool" else "<|im_start|>user\n<tool_response>\n"
+                end = "\n</tool_response>" + ("" if after == "tool" else end)
             for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if item["type"] == "text":
                     text += item["text"]
@@ -664,7 +669,7 @@ class Processor:
                     text += f"{stamp}<|vision_start|>{pads}<|vision_end|>"
                     grids.append((h, w))
                 patches, frames = [*patches, pixels], frames + shown
-            texts.append((text + ("\n</tool_response>" if role == "tool" else "") + "<|im_end|>\n", False))
+            texts.append((text + end, False))
         if generation:
             texts.append(("<|im_start|>assistant\n", False))
         parts = [(self.tokenizer.encode(text), answer) for text, answer in texts]

@@ -47,13 +47,14 @@ V5 = int(transformers.__version__.split(".")[0]) >= 5
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 # What the template of the Qwen3-VL checkpoints does with messages without a tool schema.
-TEMPLATE = """{%- for m in messages %}{{- '<|im_start|>' + ('user\n<tool_response>' if m.role == 'tool' else m.role) }}
-{% if m.content is string %}{{- m.content }}{%- else %}{%- for c in m.content %}
+TEMPLATE = """{%- for m in messages %}{%- if m.role != 'tool' %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- else %}{{- '' if not loop.first and loop.previtem.role == 'tool' else '<|im_start|>user' }}
+{{- '\n<tool_response>\n' }}{%- endif %}
+{%- if m.content is string %}{{- m.content }}{%- else %}{%- for c in m.content %}
 {%- if c.type == 'text' %}{{- c.text }}{%- else %}{{- '<|vision_start|><|' + c.type + '_pad|><|vision_end|>' }}
-{%- endif %}{%- endfor %}{%- endif %}{%- if m.role == 'tool' %}
-</tool_response>{% endif %}<|im_end|>
-{% endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}
-{% endif %}"""
+{%- endif %}{%- endfor %}{%- endif %}{%- if m.role == 'tool' %}{{- '\n</tool_response>' }}{%- endif %}
+{%- if m.role != 'tool' or loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 # Per media file: what transformers' preprocessor would have kept of it at 2 frames a second: (indices, file's fps).
 KEPT = {"wide.mp4": (range(6), 2), "square.mp4": (range(4), 2), "odd.mp4": (range(3), 2),
@@ -66,7 +67,10 @@ CONVERSATIONS = {
     "several": [user(video("wide.mp4"), " and ", {"type": "image", "image": "picture.png"}, video("square.mp4")),
                 {"role": "assistant", "content": "<think>look</think>red"},
                 {"role": "tool", "content": [video("ramp.mp4"), {"type": "text", "text": "all of it"}]},
-                {"role": "assistant", "content": "blau, größer 日本"}]}
+                {"role": "assistant", "content": "blau, größer 日本"}],
+    "tools in a row": [user("When?"), {"role": "assistant", "content": "<think>both</think>"},
+                       *({"role": "tool", "content": c} for c in ("34 to 36", [video("odd.mp4")], "oak")), user("So?"),
+                       {"role": "assistant", "content": "oak"}, {"role": "tool", "content": "last"}]}
 
 
 class Done:
