@@ -572,8 +572,8 @@ class Tokenizer:
         return cls(json.loads(path.read_text()))
 
 
-class HFTokenizer:
-    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers. Saved with it are the
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json. Needs the package tokenizers. Saved with it are the
     files beside it that transformers and vLLM want and we do not need."""
     BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
               "tokenizer_config.json", "video_preprocessor_config.json")

@@ -32,6 +32,7 @@ from test_iv3 import noise, user, video, write_image, write_video
 
 import iv3
 from iv3 import Config, UserError
+from mcr_agent import Budget, LiveModel, run_agent
 
 WHY = "optional: compares with Hugging Face's Qwen3-VL (pip install transformers==4.57.3)"
 transformers = pytest.importorskip("transformers", minversion="4.57", reason=WHY)
@@ -362,6 +363,15 @@ def test_our_own_checkpoints_keep_a_hugging_face_tokenizer(world, tmp_path):
     ours, processor = iv3.load_model(tmp_path)
     assert ours.cfg == world.ours.cfg and processor.tokenizer.tokens == world.processor.tokenizer.tokens
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), world.ours.state_dict().values()))
+
+
+def test_the_agent_runs_on_a_hugging_face_checkpoint(world):
+    """Random weights, but the first word is the route's: its tokens are found in the tokenizer.json."""
+    budget = Budget(calls=2, tokens=4000, turn=20)
+    live = LiveModel(world.ours, world.processor, budget.tokens)
+    result = run_agent(live, world.folder / "ramp.mp4", "Which?", ["one", "two"], budget=budget)
+    likeliest = max(result.route, key=result.route.get)
+    assert result.trace[1]["reason"][0] == likeliest[0] and (result.steps, result.budget_exhausted) == (2, "calls")
 
 
 def test_damaged_checkpoints_are_named(directory, tmp_path):
