@@ -22,7 +22,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 
 import av
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
-from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope
+from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope, rotate
 
 
 class MediaError(UserError):
@@ -119,9 +119,8 @@ class Config:
         values = read_json(path)
         if "text_config" in values:
             return cls.from_hf(Path(path).parent)
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            need(name in known, f"{path}: unknown field {name!r}")
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        need(not unknown, f"{path}: unknown field {', '.join(map(repr, unknown))}")
         return cls(**values)
 
     @classmethod
@@ -214,10 +213,9 @@ class VisionBlock(nn.Module):
         self.mlp = nn.ModuleDict({"linear_fc1": up, "linear_fc2": down})
 
     def forward(self, x, cos, sin):
-        """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh)."""
+        """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh/2)."""
         q, k, v = rearrange(self.attn["qkv"](self.norm1(x)), "n s (c H d) -> c n H s d", c=3, H=self.heads)
-        q, k = (t * cos + torch.cat([-t[..., t.shape[-1] // 2:], t[..., :t.shape[-1] // 2]], -1) * sin for t in (q, k))
-        o = F.scaled_dot_product_attention(q, k, v)
+        o = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + self.attn["proj"](rearrange(o, "n H s d -> n s (H d)"))
         hidden = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
         return x + self.mlp["linear_fc2"](hidden)
@@ -254,18 +252,18 @@ class VisionTower(nn.Module):
         return block_order(grid.permute(1, 2, 0), self.cfg.merge)
 
     def rotary(self, h, w, device):
-        """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh)"""
+        """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh/2)"""
         half = self.cfg.vision_hidden // self.cfg.vision_heads // 2                                 # Dh/2
         inverse = 1e4 ** -(torch.arange(0, half, 2, device=device).float() / half)                  # (Dh/4,)
         rows_columns = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device))
         order = block_order(rows_columns.view(h, w, 2), self.cfg.merge)                             # (h·w, 2)
-        angles = (order[:, :, None] * inverse).flatten(1).repeat(1, 2)                              # (h·w, Dh)
+        angles = (order[:, :, None] * inverse).flatten(1)                                           # (h·w, Dh/2)
         return angles.cos(), angles.sin()
 
     def encode_grid(self, patches, n, h, w):
         """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
         x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(h, w)
-        cos, sin = (t.to(x.dtype) for t in self.rotary(h, w, x.device))
+        cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin)
@@ -828,24 +826,22 @@ def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=
     cache, last = prefill(model, batch, max_new, samples, pad)
     position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
     outs = [Generation() for _ in range(len(position))]
-    running, done = outs, torch.zeros(len(outs), dtype=torch.bool, device=model.device)
+    running = outs
     for step in range(max_new):
         logits = model.logits(last)                                                              # (B,V)
         logits[:, list(model.vision_ids)] = -torch.inf                 # a placeholder stands for pixels: not to write
         token, logp = sample_token(logits, temperature, generator)
-        for out, t, lp, finished in zip(running, token.tolist(), logp.tolist(), done.tolist()):
-            if not finished:
+        for out, t, lp in zip(running, token.tolist(), logp.tolist()):
+            if out.ids[-1:] != [stop]:                     # what has ended is not listened to any more
                 out.ids.append(t)
                 out.logprobs.append(lp)
-        done |= token == stop
-        left = int((~done).sum())
-        if not left or step == max_new - 1:
+        going = [out.ids[-1] != stop for out in running]
+        if not any(going) or step == max_new - 1:
             break
-        if left <= len(running) // 2:                      # most have ended: go on with the others alone
-            cache, running = cache.expand((~done).long()), [out for out, end in zip(running, done.tolist()) if not end]
-            position, token, done = position[~done], token[~done], done[~done]
-        ids, positions = torch.where(done, pad, token)[:, None], (position + step).expand(3, -1)[..., None]
-        last = model(ids, positions, cache=cache, valid=~done[:, None])[:, 0]
+        if sum(going) <= len(running) // 2:                # most have ended: go on with the others alone
+            running, keep = list(compress(running, going)), torch.tensor(going, device=model.device)
+            cache, position, token = cache.expand(keep.long()), position[keep], token[keep]
+        last = model(token[:, None], (position + step).expand(3, -1)[..., None], cache=cache)[:, 0]
     model.train(was_training)
     return outs
 
