@@ -18,7 +18,6 @@ import pickle
 import re
 import sys
 import time
-from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -577,10 +576,11 @@ class HFTokenizer(Tokenizer):
               "tokenizer_config.json", "video_preprocessor_config.json")
 
     def __init__(self, path):
+        tokenizers = optional("tokenizers")
         try:
-            self.inner = optional("tokenizers").Tokenizer.from_file(str(path))
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:                                               # what it raises is a plain Exception
-            raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
+            raise UserError(f"{path}: not a tokenizer ({e})") from e
         self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
         self.token_id = self.inner.token_to_id
         self.beside = {f.name: f.read_bytes() for f in map(path.with_name, self.BESIDE) if f.is_file()}
@@ -621,7 +621,7 @@ class Processor:
 
     def __init__(self, tokenizer, cfg, cache_bytes=2 ** 30):
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.cache, self.cached, self.cache_bytes = OrderedDict(), 0, cache_bytes
+        self.cache, self.cached, self.cache_bytes = {}, 0, cache_bytes
 
     def load(self, item, root):
         """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
@@ -629,7 +629,7 @@ class Processor:
         options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
         key = (str(Path(root) / item[kind]), *sorted(options.items()))
         if key in self.cache:
-            self.cache.move_to_end(key)
+            self.cache[key] = self.cache.pop(key)                             # the last used comes last
             return self.cache[key]
         if kind == "image":
             value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
@@ -640,7 +640,7 @@ class Processor:
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:
-            self.cached -= self.cache.popitem(last=False)[1][0].numel()
+            self.cached -= self.cache.pop(next(iter(self.cache)))[0].numel()
         return value
 
     def encode(self, messages, root=".", generation=False, offset=0):
@@ -800,7 +800,7 @@ def group_prompts(batch, vision_ids):
 
 
 @torch.no_grad()
-def prefill(model, batch, room, samples=1, pad=0):
+def prefill(model, batch, room, samples=1):
     """Fill a new cache with prompts (each `samples` times), every shared video once; leave `room` for more tokens.
     → cache, hidden (B·samples, D) of each prompt's last token"""
     groups = group_prompts(batch, model.vision_ids)
@@ -809,21 +809,21 @@ def prefill(model, batch, room, samples=1, pad=0):
              for g, n in groups for s in g]
     vision = max(int(s.grids.prod(1).sum()) // model.cfg.merge ** 2 for s in batch)
     cache = model.new_cache(len(groups), max(len(s.ids) for s in batch) + room, vision)
-    model(**collate(heads, pad, model.device), cache=cache)
+    model(**collate(heads, 0, model.device), cache=cache)
     if len(groups) < len(batch):
         cache = cache.expand(torch.tensor([len(g) for g, _ in groups], device=model.device))
-    inputs = collate(tails, pad, model.device)
+    inputs = collate(tails, 0, model.device)
     hidden = model(**inputs, cache=cache)                                                        # (B,T,D)
     last = hidden[torch.arange(len(batch), device=model.device), inputs["valid"].sum(1) - 1]
     return (cache, last) if samples == 1 else (cache.expand(samples), last.repeat_interleave(samples, 0))
 
 
 @torch.no_grad()
-def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None, pad=0):
+def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None):
     """Continue each Encoded of `batch` (ending in an open assistant turn) until the token `stop` or max_new tokens,
     `samples` times each. Prompts about one video should be neighbours. → Generation list, batch-major."""
     was_training, _ = model.training, model.eval()
-    cache, last = prefill(model, batch, max_new, samples, pad)
+    cache, last = prefill(model, batch, max_new, samples)
     position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
     outs = [Generation() for _ in range(len(position))]
     running = outs
