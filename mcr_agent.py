@@ -668,8 +668,9 @@ class Rollout:
         nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
         self.C.append({"role": "user", "content": self.thought})
-        scores = self.model.score(self.options, opening=FORCED)
-        first = self.options[int(np.argmax(scores))] if self.options else ""
+        first = ""
+        if self.options:
+            first = self.options[int(np.argmax(self.model.score(self.options, opening=FORCED)))]
         R = self.C.generate(64, opening=FORCED, first=first)
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers
