@@ -21,7 +21,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import compress, groupby
+from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 
 import av
@@ -458,25 +458,22 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
          f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
-    wanted = list(sample_times(start, end, fps, max_frames, pairs))
-    shown, last, limit = [], None, time.monotonic() + deadline               # (time, frame): one for each wanted time
-    for now, frame in _decode(path, start):
-        while len(shown) < len(wanted) and last and now > wanted[len(shown)] + 1e-3:
-            shown.append(last)
-        if len(shown) == len(wanted):
-            break
-        last = now, frame
+    wanted = sample_times(start, end, fps, max_frames, pairs)
+    pixels, times, reformatter, limit = [], [], VideoReformatter(), time.monotonic() + deadline
+    for (now, frame), (until, _) in pairwise(chain(_decode(path, start), [(math.inf, None)])):
         need(time.monotonic() <= limit,
              f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline", MediaError)
-    if len(shown) < len(wanted) and last:                                    # the last frame stays on the screen
-        until = last[0] + float((last[1].duration or 0) * last[1].time_base)
-        need(wanted[-1] <= until + 1 + 0.05 * duration,
-             f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
-        shown += [last] * (len(wanted) - len(shown))
-    need(shown, f"{path}: no frame could be decoded in {window}", MediaError)
-    reformatter = VideoReformatter()
-    pixels = {id(frame): _rgb(frame, reformatter) for _, frame in shown}
-    return Video(np.stack([pixels[id(frame)] for _, frame in shown]), np.array([t for t, _ in shown], np.float64))
+        if until == math.inf:                                                # the last frame stays on the screen
+            last = now + float((frame.duration or 0) * frame.time_base)
+            need(wanted[-1] <= last + 1 + 0.05 * duration,
+                 f"{path}: the pictures end at {last:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
+        if n := int((wanted[len(times):] + 1e-3 < until).sum()):             # wanted before the next frame comes
+            pixels += [_rgb(frame, reformatter)] * n
+            times += [now] * n
+        if len(times) == len(wanted):
+            break
+    need(times, f"{path}: no frame could be decoded in {window}", MediaError)
+    return Video(np.stack(pixels), np.array(times, np.float64))
 
 
 def _rgb(frame, reformatter):
