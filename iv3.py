@@ -626,7 +626,6 @@ class Processor:
         options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
         key = (str(Path(root) / item[kind]), *sorted(options.items()))
         if key in self.cache:
-            self.cache[key] = self.cache.pop(key)                             # the last used comes last
             return self.cache[key]
         if kind == "image":
             value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
@@ -636,7 +635,7 @@ class Processor:
             value = *patchify(video.frames, self.cfg), times, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
-        while self.cached > self.cache_bytes and len(self.cache) > 1:
+        while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
             self.cached -= self.cache.pop(next(iter(self.cache)))[0].numel()
         return value
 
