@@ -18,11 +18,10 @@ import pickle
 import re
 import sys
 import time
-from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 
 import av
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
 
-from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope
+from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope, rotate
 
 PREFILL = 4096                                   # tokens that go through the layers at once, where there is a cache
 
@@ -121,9 +120,8 @@ class Config:
         values = read_json(path)
         if "text_config" in values:
             return cls.from_hf(Path(path).parent)
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            need(name in known, f"{path}: unknown field {name!r}")
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        need(not unknown, f"{path}: unknown field {', '.join(map(repr, unknown))}")
         return cls(**values)
 
     @classmethod
@@ -141,11 +139,12 @@ class Config:
                 need(theirs in have, f"{path}: {part}.{theirs} is missing")
                 values[ours] = have[theirs]
         values["pos_side"], text = math.isqrt(values["pos_side"]), config["text_config"]
-        if rank := text.get("kv_lora_rank"):
+        if ranks := text.get("kv_lora_rank"):                                # of all layers, or a list
             for key in MLA_WIDTHS:
                 need(text.get(key) == values["head_dim"],
                      f"{path}: text_config.{key} is {text.get(key)}: must be head_dim, {values['head_dim']}")
-            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": ((rank,) * 2,) * values["layers"]}
+            ranks = ranks if isinstance(ranks, list) else [ranks] * values["layers"]
+            values |= {"attn": "released", "rope_width": values["head_dim"], "ranks": [[rank, rank] for rank in ranks]}
         for kind, file in (("pixels", "preprocessor_config.json"), ("volume", "video_preprocessor_config.json")):
             if (path.parent / file).is_file() and (size := read_json(path.parent / file).get("size")):
                 values |= {f"min_{kind}": size["shortest_edge"], f"max_{kind}": size["longest_edge"]}
@@ -159,7 +158,9 @@ class Config:
         text["rope_scaling"] = {k: text.pop(k) for k in ("rope_type", "mrope_interleaved", "mrope_section")}
         text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262_144}
         if self.attn == "released":
-            text |= {"kv_lora_rank": self.ranks[0][0], "q_lora_rank": None, **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
+            ranks = [rank for rank, _ in self.ranks]
+            text |= {"kv_lora_rank": ranks[0] if len(set(ranks)) == 1 else ranks, "q_lora_rank": None,
+                     **dict.fromkeys(MLA_WIDTHS, self.head_dim)}
         vision |= {"model_type": "qwen3_vl", "num_position_embeddings": self.pos_side ** 2,
                    "out_hidden_size": self.hidden}
         ids = {f"{name}_token_id": tokenizer.token_id(f"<|{token}|>") for name, token in (
@@ -213,10 +214,9 @@ class VisionBlock(nn.Module):
         self.mlp = nn.ModuleDict({"linear_fc1": up, "linear_fc2": down})
 
     def forward(self, x, cos, sin):
-        """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh)."""
+        """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh/2)."""
         q, k, v = rearrange(self.attn["qkv"](self.norm1(x)), "n s (c H d) -> c n H s d", c=3, H=self.heads)
-        q, k = (t * cos + torch.cat([-t[..., t.shape[-1] // 2:], t[..., :t.shape[-1] // 2]], -1) * sin for t in (q, k))
-        o = F.scaled_dot_product_attention(q, k, v)
+        o = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + self.attn["proj"](rearrange(o, "n H s d -> n s (H d)"))
         hidden = F.gelu(self.mlp["linear_fc1"](self.norm2(x)), approximate="tanh")
         return x + self.mlp["linear_fc2"](hidden)
@@ -253,18 +253,18 @@ class VisionTower(nn.Module):
         return block_order(grid.permute(1, 2, 0), self.cfg.merge)
 
     def rotary(self, h, w, device):
-        """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh)"""
+        """2-D RoPE: half of the frequencies turn with the row, half with the column. → cos, sin (h·w, Dh/2)"""
         half = self.cfg.vision_hidden // self.cfg.vision_heads // 2                                 # Dh/2
         inverse = 1e4 ** -(torch.arange(0, half, 2, device=device).float() / half)                  # (Dh/4,)
         rows_columns = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device))
         order = block_order(rows_columns.view(h, w, 2), self.cfg.merge)                             # (h·w, 2)
-        angles = (order[:, :, None] * inverse).flatten(1).repeat(1, 2)                              # (h·w, Dh)
+        angles = (order[:, :, None] * inverse).flatten(1)                                           # (h·w, Dh/2)
         return angles.cos(), angles.sin()
 
     def encode_grid(self, patches, n, h, w):
         """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
         x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(h, w)
-        cos, sin = (t.to(x.dtype) for t in self.rotary(h, w, x.device))
+        cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin)
@@ -469,25 +469,22 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
          f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
-    wanted = list(sample_times(start, end, fps, max_frames, pairs))
-    shown, last, limit = [], None, time.monotonic() + deadline               # (time, frame): one for each wanted time
-    for now, frame in _decode(path, start):
-        while len(shown) < len(wanted) and last and now > wanted[len(shown)] + 1e-3:
-            shown.append(last)
-        if len(shown) == len(wanted):
-            break
-        last = now, frame
+    wanted = sample_times(start, end, fps, max_frames, pairs)
+    pixels, times, reformatter, limit = [], [], VideoReformatter(), time.monotonic() + deadline
+    for (now, frame), (until, _) in pairwise(chain(_decode(path, start), [(math.inf, None)])):
         need(time.monotonic() <= limit,
              f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline", MediaError)
-    if len(shown) < len(wanted) and last:                                    # the last frame stays on the screen
-        until = last[0] + float((last[1].duration or 0) * last[1].time_base)
-        need(wanted[-1] <= until + 1 + 0.05 * duration,
-             f"{path}: the pictures end at {until:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
-        shown += [last] * (len(wanted) - len(shown))
-    need(shown, f"{path}: no frame could be decoded in {window}", MediaError)
-    reformatter = VideoReformatter()
-    pixels = {id(frame): _rgb(frame, reformatter) for _, frame in shown}
-    return Video(np.stack([pixels[id(frame)] for _, frame in shown]), np.array([t for t, _ in shown], np.float64))
+        if until == math.inf:                                                # the last frame stays on the screen
+            last = now + float((frame.duration or 0) * frame.time_base)
+            need(wanted[-1] <= last + 1 + 0.05 * duration,
+                 f"{path}: the pictures end at {last:.1f} s of {duration:.1f} s; is the file cut off?", MediaError)
+        if n := int((wanted[len(times):] + 1e-3 < until).sum()):             # wanted before the next frame comes
+            pixels += [_rgb(frame, reformatter)] * n
+            times += [now] * n
+        if len(times) == len(wanted):
+            break
+    need(times, f"{path}: no frame could be decoded in {window}", MediaError)
+    return Video(np.stack(pixels), np.array(times, np.float64))
 
 
 def _rgb(frame, reformatter):
@@ -527,7 +524,7 @@ def patchify(frames, cfg, image=False):
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
     if size != tuple(x.shape[2:]):
-        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)           # bytes throughout, as Pillow does it
     x = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)", t=2, a=cfg.merge, b=cfg.merge,
                   p=cfg.patch, q=cfg.patch)
     return x, (size[0] // cfg.patch, size[1] // cfg.patch)
@@ -580,16 +577,21 @@ class Tokenizer:
         return cls(json.loads(path.read_text()))
 
 
-class HFTokenizer:
-    """A Hugging Face tokenizer.json, with the methods of Tokenizer. Needs the package tokenizers."""
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json. Needs the package tokenizers. Saved with it are the
+    files beside it that transformers and vLLM want and we do not need."""
+    BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+              "tokenizer_config.json", "video_preprocessor_config.json")
 
     def __init__(self, path):
+        tokenizers = optional("tokenizers")
         try:
-            self.inner = optional("tokenizers").Tokenizer.from_file(str(path))
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:                                               # what it raises is a plain Exception
-            raise e if isinstance(e, UserError) else UserError(f"{path}: not a tokenizer ({e})") from e
+            raise UserError(f"{path}: not a tokenizer ({e})") from e
         self.tokens = [self.inner.id_to_token(i) for i in range(self.inner.get_vocab_size())]
         self.token_id = self.inner.token_to_id
+        self.beside = {f.name: f.read_bytes() for f in map(path.with_name, self.BESIDE) if f.is_file()}
         for special in SPECIALS:
             need(self.token_id(special) is not None, f"{path}: has no token {special}")
 
@@ -601,6 +603,8 @@ class HFTokenizer:
 
     def save(self, directory):
         self.inner.save(str(Path(directory) / "tokenizer.json"))
+        for name, data in self.beside.items():
+            (Path(directory) / name).write_bytes(data)
 
 
 @dataclass
@@ -619,12 +623,13 @@ class Encoded:
 
 
 class Processor:
-    """Chat messages → Encoded. The template is concatenative: to continue a conversation, encode its new messages with
-    `offset` = the next position. Decoded videos are kept, up to `cache_bytes` of pixels."""
+    """Chat messages → Encoded. To continue a conversation, encode its new messages with `offset` = the next position:
+    the template is concatenative, except that tool messages in a row share a turn. Decoded videos are kept, up to
+    `cache_bytes` of pixels."""
 
     def __init__(self, tokenizer, cfg, cache_bytes=2 ** 30):
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.cache, self.cached, self.cache_bytes = OrderedDict(), 0, cache_bytes
+        self.cache, self.cached, self.cache_bytes = {}, 0, cache_bytes
 
     def load(self, item, root):
         """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
@@ -632,7 +637,6 @@ class Processor:
         options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
         key = (str(Path(root) / item[kind]), *sorted(options.items()))
         if key in self.cache:
-            self.cache.move_to_end(key)
             return self.cache[key]
         if kind == "image":
             value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
@@ -642,19 +646,23 @@ class Processor:
             value = *patchify(video.frames, self.cfg), times, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
-        while self.cached > self.cache_bytes and len(self.cache) > 1:
-            self.cached -= self.cache.popitem(last=False)[1][0].numel()
+        while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
+            self.cached -= self.cache.pop(next(iter(self.cache)))[0].numel()
         return value
 
     def encode(self, messages, root=".", generation=False, offset=0):
         """messages of a row (see `row_rules`), media relative to `root`; `generation` opens an assistant turn."""
         texts, patches, grids, frames = [], [], [], 0                         # texts: (text, the assistant writes it)
-        for message in messages:
+        roles = [None, *(message["role"] for message in messages), None]
+        for message, before, after in zip(messages, roles, roles[2:]):
             role, content = message["role"], message["content"]
             if role == "assistant":
                 texts += [("<|im_start|>assistant\n", False), (content + "<|im_end|>", True), ("\n", False)]
                 continue
-            text = "<|im_start|>user\n<tool_response>\n" if role == "tool" else f"<|im_start|>{role}\n"
+            text, end = f"<|im_start|>{role}\n", "<|im_end|>\n"
+            if role == "tool":                                                # tools in a row answer in one user turn
+                text = "\n<tool_response>\n" if before == "tool" else "<|im_start|>user\n<tool_response>\n"
+                end = "\n</tool_response>" + ("" if after == "tool" else end)
             for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if item["type"] == "text":
                     text += item["text"]
@@ -666,7 +674,7 @@ class Processor:
                     text += f"{stamp}<|vision_start|>{pads}<|vision_end|>"
                     grids.append((h, w))
                 patches, frames = [*patches, pixels], frames + shown
-            texts.append((text + ("\n</tool_response>" if role == "tool" else "") + "<|im_end|>\n", False))
+            texts.append((text + end, False))
         if generation:
             texts.append(("<|im_start|>assistant\n", False))
         parts = [(self.tokenizer.encode(text), answer) for text, answer in texts]
@@ -799,7 +807,7 @@ def group_prompts(batch, vision_ids):
 
 
 @torch.no_grad()
-def prefill(model, batch, room, samples=1, pad=0):
+def prefill(model, batch, room, samples=1):
     """Fill a new cache with prompts (each `samples` times), every shared video once; leave `room` for more tokens.
     → cache, hidden (B·samples, D) of each prompt's last token"""
     groups = group_prompts(batch, model.vision_ids)
@@ -808,41 +816,39 @@ def prefill(model, batch, room, samples=1, pad=0):
              for g, n in groups for s in g]
     vision = max(int(s.grids.prod(1).sum()) // model.cfg.merge ** 2 for s in batch)
     cache = model.new_cache(len(groups), max(len(s.ids) for s in batch) + room, vision)
-    model(**collate(heads, pad, model.device), cache=cache)
+    model(**collate(heads, 0, model.device), cache=cache)
     if len(groups) < len(batch):
         cache = cache.expand(torch.tensor([len(g) for g, _ in groups], device=model.device))
-    inputs = collate(tails, pad, model.device)
+    inputs = collate(tails, 0, model.device)
     hidden = model(**inputs, cache=cache)                                                        # (B,T,D)
     last = hidden[torch.arange(len(batch), device=model.device), inputs["valid"].sum(1) - 1]
     return (cache, last) if samples == 1 else (cache.expand(samples), last.repeat_interleave(samples, 0))
 
 
 @torch.no_grad()
-def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None, pad=0):
+def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=None):
     """Continue each Encoded of `batch` (ending in an open assistant turn) until the token `stop` or max_new tokens,
     `samples` times each. Prompts about one video should be neighbours. → Generation list, batch-major."""
     was_training, _ = model.training, model.eval()
-    cache, last = prefill(model, batch, max_new, samples, pad)
+    cache, last = prefill(model, batch, max_new, samples)
     position = torch.tensor([s.next_position for s in batch for _ in range(samples)], device=model.device)
     outs = [Generation() for _ in range(len(position))]
-    running, done = outs, torch.zeros(len(outs), dtype=torch.bool, device=model.device)
+    running = outs
     for step in range(max_new):
         logits = model.logits(last)                                                              # (B,V)
         logits[:, list(model.vision_ids)] = -torch.inf                 # a placeholder stands for pixels: not to write
         token, logp = sample_token(logits, temperature, generator)
-        for out, t, lp, finished in zip(running, token.tolist(), logp.tolist(), done.tolist()):
-            if not finished:
+        for out, t, lp in zip(running, token.tolist(), logp.tolist()):
+            if out.ids[-1:] != [stop]:                     # what has ended is not listened to any more
                 out.ids.append(t)
                 out.logprobs.append(lp)
-        done |= token == stop
-        left = int((~done).sum())
-        if not left or step == max_new - 1:
+        going = [out.ids[-1] != stop for out in running]
+        if not any(going) or step == max_new - 1:
             break
-        if left <= len(running) // 2:                      # most have ended: go on with the others alone
-            cache, running = cache.expand((~done).long()), [out for out, end in zip(running, done.tolist()) if not end]
-            position, token, done = position[~done], token[~done], done[~done]
-        ids, positions = torch.where(done, pad, token)[:, None], (position + step).expand(3, -1)[..., None]
-        last = model(ids, positions, cache=cache, valid=~done[:, None])[:, 0]
+        if sum(going) <= len(running) // 2:                # most have ended: go on with the others alone
+            running, keep = list(compress(running, going)), torch.tensor(going, device=model.device)
+            cache, position, token = cache.expand(keep.long()), position[keep], token[keep]
+        last = model(token[:, None], (position + step).expand(3, -1)[..., None], cache=cache)[:, 0]
     model.train(was_training)
     return outs
 
@@ -919,8 +925,8 @@ def read_weights(directory):
 
 
 def save_hf(directory, model, tokenizer):
-    """Write a Hugging Face checkpoint as transformers, or the authors' code, reads it: model.safetensors, config.json,
-    tokenizer.json. Chat template, preprocessor settings and the authors' code are files to copy from the original."""
+    """Write a Hugging Face checkpoint as transformers, vLLM or the authors' code read it: model.safetensors,
+    config.json, the tokenizer with the files beside it. The authors' code itself is a file of theirs to copy."""
     directory, cfg = Path(directory), model.cfg
     need(cfg.attn != "m2la", f"{directory}: Hugging Face's layouts have no room for this attention; fold() it first")
     need(isinstance(tokenizer, HFTokenizer), f"{directory}: needs a tokenizer.json, the model has our vocab.json")

@@ -65,7 +65,7 @@ class LiveModel:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
-        self.prefilled = self.side = 0               # of them not its own words; spent outside: score, ask
+        self.own = self.side = 0                     # of them written by the model; spent outside: score, ask
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -73,8 +73,8 @@ class LiveModel:
         self.banned = torch.tensor(banned, device=model.device)
 
     @property
-    def nbytes(self):
-        return self.cache.nbytes()
+    def prefilled(self):
+        return self.tokens - self.own
 
     def append(self, message, room=math.inf):
         """Queue a message; False, and nothing happens, if it takes more than `room` tokens."""
@@ -82,8 +82,7 @@ class LiveModel:
         if len(e.ids) > min(room, self.capacity - self.tokens):
             return False
         self.queue.append((e.ids, e.positions, e.patches, e.grids))
-        self.tokens, self.prefilled = self.tokens + len(e.ids), self.prefilled + len(e.ids)
-        self.position = e.next_position
+        self.tokens, self.position = self.tokens + len(e.ids), e.next_position
         return True
 
     def _write(self, text, ids=None):
@@ -92,7 +91,6 @@ class LiveModel:
         positions = torch.arange(self.position, self.position + len(new)).expand(3, -1)
         self.queue.append((new, positions, self.nothing.patches, self.nothing.grids))
         self.tokens, self.position = self.tokens + len(new), self.position + len(new)
-        self.prefilled += len(new) if ids is None else 0
 
     def _flush(self):
         """Run the queue in one forward pass → log-probabilities (V,) of the next token, -inf where banned."""
@@ -121,7 +119,7 @@ class LiveModel:
             ids.append(token)
             chances.append(logp[token])
             self._write("", [token])                 # runs with whatever comes next
-        self.turn = ids, [float(p) for p in chances]
+        self.turn, self.own = (ids, [float(p) for p in chances]), self.own + len(ids)
         self._write("<|im_end|>\n")
         return opening + self.tokenizer.decode(ids)
 
@@ -131,11 +129,11 @@ class LiveModel:
         this context, which is restored afterwards, or in a separate one that holds only `messages`."""
         if messages is not None:
             return self._beside(messages, 16, room, lambda side: side.score(choices, opening))
-        before = self.tokens, self.position, self.prefilled
+        before = self.tokens, self.position
         self._write("<|im_start|>assistant\n" + opening)
         logp = self._flush()
         self.side += self.tokens - before[0]
-        self.tokens, self.position, self.prefilled = before
+        self.tokens, self.position = before
         self.cache.truncate(self.tokens)
         return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
 
@@ -282,8 +280,7 @@ class BadCall(ValueError):
     """What is wrong with a tool call; the model reads it as "error: …"."""
 
 
-def call_needs(holds, problem):
-    need(holds, problem, BadCall)
+call_needs = functools.partial(need, error=BadCall)
 
 
 class Spent(Exception):
@@ -671,8 +668,9 @@ class Rollout:
         nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
         self.C.append({"role": "user", "content": self.thought})
-        scores = self.model.score(self.options, opening=FORCED)
-        first = self.options[int(np.argmax(scores))] if self.options else ""
+        first = ""
+        if self.options:
+            first = self.options[int(np.argmax(self.model.score(self.options, opening=FORCED)))]
         R = self.C.generate(64, opening=FORCED, first=first)
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers

@@ -362,6 +362,15 @@ def test_chat_template(tokenizer, folder):
     assert not opened.answer.any() and PROMPT.startswith(tokenizer.decode(opened.ids))
 
 
+def test_tools_in_a_row_answer_in_one_turn(tokenizer):
+    turns = [{"role": role, "content": c} for c, role in zip("abcd", ("tool", "tool", "user", "tool"))]
+    sample = Processor(tokenizer, CONFIG).encode(turns, generation=True)
+    assert tokenizer.decode(sample.ids) == (
+        "<|im_start|>user\n<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>user\n<tool_response>\nd\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n")
+
+
 def test_image_template(tokenizer, folder):
     sample = Processor(tokenizer, CONFIG).encode([user({"type": "image", "image": "picture.png"}, "red")], folder)
     assert tokenizer.decode(sample.ids) == ("<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 +

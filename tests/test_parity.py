@@ -6,7 +6,10 @@ Written for transformers 4.57.3, the version the authors pin; run with 5.23.0 to
 - the model wants `mm_token_type_ids` (0 text, 1 image, 2 video) beside the ids to find positions and cannot do without;
 - the processor replaces only <|video_pad|>, so the template's <|vision_start|>…<|vision_end|> stays around all patches
   of a video. 4.57.3, which the checkpoints were trained with, replaces it too, and so do we.
-Neither runs its pixel preprocessing without torchvision; patches are ours on both sides, sizes are compared."""
+Neither imports its pixel preprocessing without torchvision: sizes and pixels are compared with its source alone, with
+Pillow's rule written out in the place of torchvision's resize; everywhere else patches are ours on both sides."""
+import __future__
+
 import ast
 import importlib.util
 import itertools
@@ -22,12 +25,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import jinja2
+import numpy as np
 import pytest
 import torch
 from test_iv3 import noise, user, video, write_image, write_video
 
 import iv3
 from iv3 import Config, UserError
+from mcr_agent import Budget, LiveModel, run_agent
 
 WHY = "optional: compares with Hugging Face's Qwen3-VL (pip install transformers==4.57.3)"
 transformers = pytest.importorskip("transformers", minversion="4.57", reason=WHY)
@@ -43,13 +48,14 @@ V5 = int(transformers.__version__.split(".")[0]) >= 5
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 # What the template of the Qwen3-VL checkpoints does with messages without a tool schema.
-TEMPLATE = """{%- for m in messages %}{{- '<|im_start|>' + ('user\n<tool_response>' if m.role == 'tool' else m.role) }}
-{% if m.content is string %}{{- m.content }}{%- else %}{%- for c in m.content %}
+TEMPLATE = """{%- for m in messages %}{%- if m.role != 'tool' %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- else %}{{- '' if not loop.first and loop.previtem.role == 'tool' else '<|im_start|>user' }}
+{{- '\n<tool_response>\n' }}{%- endif %}
+{%- if m.content is string %}{{- m.content }}{%- else %}{%- for c in m.content %}
 {%- if c.type == 'text' %}{{- c.text }}{%- else %}{{- '<|vision_start|><|' + c.type + '_pad|><|vision_end|>' }}
-{%- endif %}{%- endfor %}{%- endif %}{%- if m.role == 'tool' %}
-</tool_response>{% endif %}<|im_end|>
-{% endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}
-{% endif %}"""
+{%- endif %}{%- endfor %}{%- endif %}{%- if m.role == 'tool' %}{{- '\n</tool_response>' }}{%- endif %}
+{%- if m.role != 'tool' or loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 # Per media file: what transformers' preprocessor would have kept of it at 2 frames a second: (indices, file's fps).
 KEPT = {"wide.mp4": (range(6), 2), "square.mp4": (range(4), 2), "odd.mp4": (range(3), 2),
@@ -62,7 +68,10 @@ CONVERSATIONS = {
     "several": [user(video("wide.mp4"), " and ", {"type": "image", "image": "picture.png"}, video("square.mp4")),
                 {"role": "assistant", "content": "<think>look</think>red"},
                 {"role": "tool", "content": [video("ramp.mp4"), {"type": "text", "text": "all of it"}]},
-                {"role": "assistant", "content": "blau, größer 日本"}]}
+                {"role": "assistant", "content": "blau, größer 日本"}],
+    "tools in a row": [user("When?"), {"role": "assistant", "content": "<think>both</think>"},
+                       *({"role": "tool", "content": c} for c in ("34 to 36", [video("odd.mp4")], "oak")), user("So?"),
+                       {"role": "assistant", "content": "oak"}, {"role": "tool", "content": "last"}]}
 
 
 class Done:
@@ -112,6 +121,8 @@ def random_checkpoint(directory, tied):
     for kind, low in (("", 2048), ("video_", 1024)):
         (directory / f"{kind}preprocessor_config.json").write_text(json.dumps(
             {"size": {"shortest_edge": low, "longest_edge": 10 ** 7}}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return directory
 
 
@@ -225,18 +236,77 @@ def test_transformers_5_keeps_a_pair_around_a_video(directory):
     assert block == "".join(f"<{t} seconds><|vision_start|><|video_pad|><|vision_end|>" for t in ("0.2", "1.2"))
 
 
+def source_of(name, file, **scope):
+    """A function or method of a module of transformers that cannot be imported without torchvision."""
+    folder = Path(importlib.util.find_spec("transformers.models").submodule_search_locations[0])
+    node = next(n for n in ast.walk(ast.parse((folder / file).read_text())) if getattr(n, "name", None) == name)
+    node.decorator_list = []
+    code = compile(ast.Module([node], []), name, "exec", flags=__future__.annotations.compiler_flag)
+    exec(code, scope)
+    return scope[name]
+
+
+VIDEO_FILE = "qwen3_vl/video_processing_qwen3_vl.py"
+IMAGE_FILE = "qwen2_vl/image_processing_qwen2_vl_fast.py"
+IMAGE_SIZES = "qwen2_vl/image_processing_qwen2_vl.py"
+
+
 def test_sizes_are_theirs():
-    """`smart_resize` of the video preprocessor, whose module asks for torchvision: its source alone."""
-    path = importlib.util.find_spec("transformers.models.qwen3_vl").submodule_search_locations[0]
-    source = ast.parse((Path(path) / "video_processing_qwen3_vl.py").read_text())
-    scope = {"math": math}
-    function = [node for node in source.body if getattr(node, "name", None) == "smart_resize"]
-    exec(compile(ast.Module(function, []), "smart_resize", "exec"), scope)
-    rng = random.Random(0)
+    smart_resize, rng = source_of("smart_resize", VIDEO_FILE, math=math), random.Random(0)
     for _ in range(2000):
         n, h, w = rng.randint(2, 40), rng.randint(32, 900), rng.randint(32, 900)
         limits = rng.choice([(4096, 25_165_824), (10 ** 6, 2 * 10 ** 6)])
-        assert iv3.target_size(n, h, w, 32, *limits) == scope["smart_resize"](n, h, w, 2, 32, *limits), (n, h, w)
+        assert iv3.target_size(n, h, w, 32, *limits) == smart_resize(n, h, w, 2, 32, *limits), (n, h, w)
+
+
+def pillow_resize(image, size, **_):
+    """Bicubic with antialiasing on bytes (…,H,W), as Pillow documents it: first along the width, then along the height,
+    and bytes again after each, which cuts what overshoots. Keys' kernel (a = -1/2), wider where the picture shrinks."""
+    x = image
+    for old, new in ((x.shape[-1], size.width), (x.shape[-2], size.height)):
+        centre = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new
+        d = ((torch.arange(old) + 0.5) - centre[:, None]).abs() / max(1, old / new)                 # (new, old)
+        weight = torch.where(d < 1, 1.5 * d ** 3 - 2.5 * d ** 2 + 1,
+                             torch.where(d < 2, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2, 0))
+        x = (x.double() @ (weight / weight.sum(1, keepdim=True)).T).round().clamp(0, 255).mT        # turned twice
+    return x.byte()
+
+
+def their_pixels(frames, cfg, image):
+    """What transformers' preprocessor makes of frames (F,H,W,3) → (pixel values, grid (t, h, w))."""
+    utils = [transformers.image_utils, transformers.image_transforms, transformers.video_utils]
+    scope = {k: v for module in utils for k, v in vars(module).items()} | {
+        "torch": torch, "BatchFeature": transformers.BatchFeature, "PILImageResampling": SimpleNamespace(BICUBIC=3)}
+    file, limits = (IMAGE_FILE, "pixels") if image else (VIDEO_FILE, "volume")
+    scope["smart_resize"] = source_of("smart_resize", IMAGE_SIZES if image else VIDEO_FILE, math=math)
+    processor = SimpleNamespace(
+        resize=pillow_resize, rescale_and_normalize=lambda x, _, factor, __, mean, std: (x * factor - mean) / std)
+    size = transformers.image_utils.SizeDict(shortest_edge=getattr(cfg, f"min_{limits}"),
+                                             longest_edge=getattr(cfg, f"max_{limits}"))
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    out = source_of("_preprocess", file, **scope)(
+        processor, [x[0] if image else x], do_resize=True, size=size, interpolation=None,
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5, patch_size=16,
+        temporal_patch_size=2, merge_size=2, disable_grouping=False, return_tensors="pt")
+    return [out[key] for key in sorted(out, key=lambda key: "grid" in key)]
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 divides these methods otherwise")
+@pytest.mark.parametrize("shape, image", [
+    ((4, 64, 96), False), ((5, 123, 201), False), ((3, 240, 432), False), ((2, 33, 40), False), ((1, 96, 64), True),
+    ((1, 123, 201), True), ((1, 500, 300), True)])
+def test_pixels_are_theirs(shape, image):
+    """Noise, as it is, smaller and larger. Nothing is resized in the first: equal but for the rounding of x/127.5 - 1.
+    Elsewhere within two levels of 255 and mostly equal: torch resizes bytes with 16-bit weights, here they are exact.
+    (Its resize is torchvision's: with torchvision 0.28, transformers 4.57.3 gave all our values to 6e-8.)"""
+    cfg = Config.preset("qwen3-vl-8b")
+    frames = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    patches, grid = iv3.patchify(frames, cfg, image)
+    expected, expected_grid = their_pixels(frames, cfg, image)
+    assert expected_grid.tolist() == [[(shape[0] + 1) // 2, *grid]]
+    off = (patches / 127.5 - 1 - expected).abs() * 127.5
+    resized = (16 * grid[0], 16 * grid[1]) != shape[1:]
+    assert off.max() < (2.01 if resized else 1e-4) and (off > 0.5).float().mean() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -271,8 +341,19 @@ def test_what_we_write_transformers_reads(world, tmp_path):
     ours, processor = iv3.load_model(iv3.find_model(tmp_path / "hf"))
     hidden = ours(sample.ids[None], sample.positions[:, None], sample.patches, sample.grids)
     torch.testing.assert_close(ours.logits(hidden), expected, **CLOSE)
-    limits = {name: getattr(Config.preset("qwen3-vl-2b"), name) for name in LIMITS}     # not written: the original's
-    assert ours.cfg == replace(world.ours.cfg, **limits) and processor.tokenizer.tokens[:13] == list(iv3.SPECIALS)
+    assert ours.cfg == world.ours.cfg and processor.tokenizer.tokens[:13] == list(iv3.SPECIALS)
+
+
+def test_what_we_do_not_read_is_passed_on(world, tmp_path):
+    """By training in our format too: the chat template and settings that transformers and vLLM look for."""
+    iv3.save_model(tmp_path / "trained", world.ours, world.processor.tokenizer)
+    iv3.save_hf(tmp_path / "hf", world.ours, iv3.load_model(tmp_path / "trained")[1].tokenizer)
+    names = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+             "video_preprocessor_config.json"]
+    assert all((tmp_path / "hf" / name).read_bytes() == (world.directory / name).read_bytes() for name in names)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    sample = world.processor.encode(CONVERSATIONS["text"])
+    assert tokenizer.apply_chat_template(CONVERSATIONS["text"], return_dict=False) == sample.ids.tolist()
 
 
 @torch.no_grad()
@@ -282,6 +363,15 @@ def test_our_own_checkpoints_keep_a_hugging_face_tokenizer(world, tmp_path):
     ours, processor = iv3.load_model(tmp_path)
     assert ours.cfg == world.ours.cfg and processor.tokenizer.tokens == world.processor.tokenizer.tokens
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), world.ours.state_dict().values()))
+
+
+def test_the_agent_runs_on_a_hugging_face_checkpoint(world):
+    """Random weights, but the first word is the route's: its tokens are found in the tokenizer.json."""
+    budget = Budget(calls=2, tokens=4000, turn=20)
+    live = LiveModel(world.ours, world.processor, budget.tokens)
+    result = run_agent(live, world.folder / "ramp.mp4", "Which?", ["one", "two"], budget=budget)
+    likeliest = max(result.route, key=result.route.get)
+    assert result.trace[1]["reason"][0] == likeliest[0] and (result.steps, result.budget_exhausted) == (2, "calls")
 
 
 def test_damaged_checkpoints_are_named(directory, tmp_path):
@@ -375,17 +465,18 @@ class AuthorsAttention(torch.nn.Module):
 MLA = dict(kv_lora_rank=24, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 
 
+@pytest.mark.parametrize("ranks", [24, [24, 16, 20]], ids=["one-rank", "a-rank-per-layer"])
 @torch.no_grad()
-def test_the_released_layout(tmp_path):
+def test_the_released_layout(ranks, tmp_path):
     """Logits of one forward and of prefill and decode; what we write holds the same tensors under the same names."""
     random_checkpoint(tmp_path, tied=False)
     theirs, _ = theirs_of(tmp_path)
     shutil.rmtree(tmp_path)
-    for layer in theirs.model.language_model.layers:
-        layer.self_attn = AuthorsAttention(48, 4, 16, 24)
+    for layer, rank in zip(theirs.model.language_model.layers, ranks if isinstance(ranks, list) else [ranks] * 3):
+        layer.self_attn = AuthorsAttention(48, 4, 16, rank)
     theirs.save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["text_config"] |= MLA
+    config["text_config"] |= MLA | {"kv_lora_rank": ranks}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     random_checkpoint(tmp_path / "gqa", tied=False)
     shutil.copy(tmp_path / "gqa" / "tokenizer.json", tmp_path / "hf")
@@ -406,6 +497,13 @@ def test_the_released_layout(tmp_path):
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     limits = {name: getattr(ours.cfg, name) for name in LIMITS}
     assert replace(Config.from_hf(tmp_path / "ours"), **limits) == ours.cfg
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]["kv_lora_rank"] == ranks
+    for wrong, named in (([24, 16, 20, 20], "3 pairs of ranks, one per layer; has 16 and 4"),
+                         ([24, 24, 12], r"layers.\d.self_attn.kv_.*is \(.*, the config needs \(")):
+        config["text_config"] |= {"kv_lora_rank": wrong}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=named):
+            iv3.load_model(tmp_path / "hf")
 
 
 def test_the_config_of_the_released_8b(directory, tmp_path):
