@@ -83,13 +83,15 @@ CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
-    "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.05},
-                        steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12, reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.4, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05},
+    "sft_short": Recipe({"sft_short.jsonl": 0.6, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.2,
+                         "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
+                        reduction="square"),
+    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.35, "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.15},
                        steps=220, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
-                 packs=12, pool=3400),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400),
+                 packs=12, pool=5100),
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400,
+                  replay=("sft_agent.jsonl", 2)),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
@@ -635,7 +637,7 @@ def train_rl(trainer, data):
         with torch.no_grad(), trainer.autocast():
             for batch in sum(minis, []):
                 batch["ref"] = token_logp(reference, trainer.to_device(batch))[0]
-            for batch in sum(minis[1:], []):                                 # before the first update: there, π is π_old
+            for batch in sum(minis[1:], []):                                 # in the first half, π is still π_old
                 batch["old"] = token_logp(trainer.model, trainer.to_device(batch))[0]
         logs = [(0.0, 0.0)]
         trainer.model.train()
