@@ -304,8 +304,9 @@ class Asker:
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
         # options first: what is asked then stands right before the answer, where a small model looks for it
-        asked = tell(kind, t=t, a=a, b=(a or 0) + 6, shape=shape)
-        return "".join(map("\n{}. {}".format, "ABCD", options)) + "\n" + asked, right, {"answer": "ABCD"[place], "options": options}
+        text = "".join(map("\n{}. {}".format, "ABCD", options))
+        text += "\n" + tell(kind, t=t, a=a, b=(a or 0) + 6, shape=shape)
+        return text, right, {"answer": "ABCD"[place], "options": options}
 
     def mcq(self, kinds):
         for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
