@@ -16,7 +16,8 @@ Where this differs from the paper, and why:
     (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
- 5. Replay: SFT keeps a share of the earlier stages' data. A tiny model forgets a format within two minutes.
+ 5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on agent rollouts beside its own samples. A tiny
+    model forgets a format within two minutes.
  6. With several processes each step is shared by hand: gradients are summed after the backward pass.
 """
 import argparse
@@ -83,10 +84,10 @@ CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
-    "sft_short": Recipe({"sft_short.jsonl": 0.6, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.2,
+    "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
                          "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.35, "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.15},
+    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.4, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05},
                        steps=220, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=5100),

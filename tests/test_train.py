@@ -324,6 +324,11 @@ def trainer_of(out, tiny, tokenizer, stage="sft_short", **changes):
     return Trainer(model, Processor(tokenizer, tiny), recipe, stage, arguments(out))
 
 
+@torch.no_grad()
+def mean_loss(trainer, batches):
+    return float(sum(loss_of(batch) * share for batch, loss_of, share in trainer.supervised(batches)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "square"])
 def test_accumulated_gradients_are_those_of_one_batch(reduction, tiny, tokenizer, processor, toy, tmp_path):
     trainer = trainer_of(tmp_path, tiny, tokenizer, reduction=reduction)
@@ -448,6 +453,19 @@ def test_a_teacher_of_another_vocabulary_is_refused(tiny, tokenizer, processor, 
     iv3.save_model(tmp_path / "teacher", random_model(replace(tiny, vocab=len(other)), other), other)
     with pytest.raises(UserError, match="--teacher .*vocabulary"):
         run("opd", tmp_path, tiny, processor, toy, tmp_path / "teacher")
+
+
+def test_opd_replays_sft_data_beside(tiny, processor, toy, tmp_path, monkeypatch):
+    """The teacher is the student itself, so OPD has nothing to teach: what is learned comes from the replay."""
+    monkeypatch.setattr(train, "keep_rows", lambda trainer, data, rule: None)
+    iv3.save_model(tmp_path / "teacher", random_model(tiny, processor.tokenizer), processor.tokenizer)
+    replay, losses = data_of(toy, processor, "cpt_text.jsonl"), []
+    for old in (None, replay):
+        trainer = trainer_of(tmp_path / str(old is None), tiny, processor.tokenizer, "opd", replay=("cpt_text.jsonl", 2))
+        before = mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4)))
+        train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"), tmp_path / "teacher", old)
+        losses.append(before - mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4))))
+    assert losses[1] > 0.5 > 0.1 > losses[0], losses
 
 
 def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeypatch):
