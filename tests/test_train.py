@@ -461,7 +461,8 @@ def test_opd_replays_sft_data_beside(tiny, processor, toy, tmp_path, monkeypatch
     iv3.save_model(tmp_path / "teacher", random_model(tiny, processor.tokenizer), processor.tokenizer)
     replay, losses = data_of(toy, processor, "cpt_text.jsonl"), []
     for old in (None, replay):
-        trainer = trainer_of(tmp_path / str(old is None), tiny, processor.tokenizer, "opd", replay=("cpt_text.jsonl", 2))
+        out = tmp_path / str(old is None)
+        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", replay=("cpt_text.jsonl", 2))
         before = mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4)))
         train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"), tmp_path / "teacher", old)
         losses.append(before - mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4))))
