@@ -16,8 +16,8 @@ Where this differs from the paper, and why:
     (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
- 5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on agent rollouts beside its own samples. A tiny
-    model forgets a format within two minutes.
+ 5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on SFT data beside its own samples. A tiny model
+    forgets a format within two minutes.
  6. With several processes each step is shared by hand: gradients are summed after the backward pass.
 """
 import argparse
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ class Recipe:
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
     pool: int = 2400                         # RL, OPD: prompts that the filter looks at
-    replay: tuple = ()                       # OPD: (file, packs a step) of SFT data trained beside; keeps other formats
+    replay: dict = field(default_factory=dict)    # OPD: file → packs a step of SFT data, trained beside: keeps the rest
 
 
 # The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. Here as shares of packs: an image
@@ -87,12 +87,13 @@ TINY = {
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
                          "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.3, "sft_agent.jsonl": 0.4, "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05},
-                       steps=220, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20, reduction="square"),
+    "sft_long": Recipe({"sft_long.jsonl": 0.25, "sft_agent.jsonl": 0.45, "sft_short.jsonl": 0.25,
+                        "cpt_text.jsonl": 0.05}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20,
+                       reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=5100),
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400,
-                  replay=("sft_agent.jsonl", 2)),
+                  replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
@@ -714,8 +715,9 @@ def train_opd(trainer, data, teacher_dir, replay=None):
         whole = sum(gather(sum(map(count_of, batches))))
         jobs = [(batch, loss_of, count_of(batch) / whole) for batch in batches]
         if replay:
-            old = replay.batches(step, replace(r, packs=r.replay[1]))
-            jobs += [(batch, loss, share * r.replay[1] / r.packs) for batch, loss, share in trainer.supervised(old)]
+            count = sum(r.replay.values())
+            old = trainer.supervised(replay.batches(step, replace(r, packs=count)))
+            jobs += [(batch, loss, share * count / r.packs) for batch, loss, share in old]
         return {"loss": trainer.update(jobs), "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
 
@@ -732,7 +734,7 @@ def recipe_of(stage, args):
     flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
     changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.data:
-        changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": ()}
+        changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
     return replace(recipe, **changes)
 
 
@@ -771,8 +773,7 @@ def run_stage(stage, args):
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        replay = recipe.replay and Data(args.data_dir, {recipe.replay[0]: 1.0}, processor, model.vision_ids, args.seed,
-                                        "replay")
+        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, model.vision_ids, args.seed, "replay")
         train_opd(trainer, stage_data, teacher, replay)
     else:
         train_supervised(trainer, stage_data)

@@ -462,7 +462,7 @@ def test_opd_replays_sft_data_beside(tiny, processor, toy, tmp_path, monkeypatch
     replay, losses = data_of(toy, processor, "cpt_text.jsonl"), []
     for old in (None, replay):
         out = tmp_path / str(old is None)
-        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", replay=("cpt_text.jsonl", 2))
+        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", replay={"cpt_text.jsonl": 2})
         before = mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4)))
         train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"), tmp_path / "teacher", old)
         losses.append(before - mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4))))
