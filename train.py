@@ -523,7 +523,7 @@ def convert(model, data, args, recipe, spec=CONVERT, steps=4):
     for moments in calibration.moments if world() > 1 else ():           # sums: every process saw a share of the data
         for tensor in vars(moments).values():
             dist.all_reduce(tensor)
-    samples = [samples for rows, root in data.step(steps, 16, 4) if (samples := data.encode(rows, root))]
+    samples = [samples for rows, root in data.step(steps, 32, 8) if (samples := data.encode(rows, root))]
     own_damage = evaluation.divergence(model, samples)
     spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
