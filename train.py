@@ -92,7 +92,7 @@ TINY = {
                        reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  packs=12, pool=5100),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=3400,
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
@@ -680,7 +680,7 @@ def train_opd(trainer, data, teacher_dir, replay=None):
     teacher.requires_grad_(False)
 
     def rule():
-        """§4: rows that the teacher gets right, or clearly better, and the student does not; and as many others.
+        """§4: rows that the teacher gets right, or clearly better, and the student does not; and half as many others.
         Notes too in which kinds of question the teacher is ahead: that is where the test looks for the gap."""
         def judge(number, chunk):
             rewards = []
@@ -693,7 +693,7 @@ def train_opd(trainer, data, teacher_dir, replay=None):
         for _, kind, ahead in verdicts:
             kinds[kind].append(ahead)
         gap, rest = ([row for row, _, ahead in verdicts if (ahead > 0.1) == wanted] for wanted in (True, False))
-        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap)].tolist()
+        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap) // 2].tolist()
         note = f"kept {len(gap)} of {len(verdicts)} prompts where the teacher is better, and {len(others)} others"
         return {"keep": gap + others, "looked_at": len(verdicts), "note": note,
                 "kinds": sorted(kind for kind, ahead in kinds.items() if np.mean(ahead) > 0.05)}
