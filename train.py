@@ -85,7 +85,7 @@ CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jso
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
-                         "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
+                         "cpt_image.jsonl": 0.05}, steps=360, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.25, "sft_agent.jsonl": 0.45, "sft_short.jsonl": 0.25,
                         "cpt_text.jsonl": 0.05}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20,
