@@ -162,8 +162,8 @@ def test_what_cannot_be_read_is_skipped_and_named(world, tmp_path, capsys):
     assert {name_of(row) for row in load_rows(tmp_path / "out" / "curated.jsonl")} == {"a.mp4"}
 
 
-@pytest.mark.parametrize("videos", [[], ["broken.mp4"]])
-def test_a_folder_without_videos_is_one_line(videos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("videos, problem", [([], "no such folder, or no videos"), (["broken.mp4"], "no questions")])
+def test_a_folder_without_videos_is_one_line(videos, problem, tmp_path, capsys, monkeypatch):
     for name in videos:
         (tmp_path / name).write_bytes(b"no video")
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path), "--out", str(tmp_path / "out"), "--model",
@@ -171,7 +171,7 @@ def test_a_folder_without_videos_is_one_line(videos, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit) as stop:
         run_cli(curate.main)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith(f"error: {tmp_path}: no ")
+    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith(f"error: {tmp_path}: {problem}")
     assert not (tmp_path / "out").exists()
 
 
@@ -202,7 +202,7 @@ def test_any_wording_and_repeated_or_missing_captions():
 
 
 def test_the_shipped_model_captions(world):
-    caption = curate.ModelCaptioner(ROOT / "data" / "toy" / "weights" / "base")
+    caption = curate.ModelCaptioner(ROOT / "data" / "toy" / "weights" / "base", curate.PROMPT)
     clip = world[1]["a.mp4"]
     told = [(caption(world[0] / "a.mp4", s.start, s.end), toy.tell("scene", **asdict(s))) for s in clip.scenes[:5]]
-    assert np.mean([said.startswith(true) for said, true in told]) > 0.5, told
+    assert np.mean([said.startswith(true) for said, true in told]) > 0.7, told

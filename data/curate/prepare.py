@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from collections import Counter, defaultdict
 from itertools import chain, islice, pairwise, zip_longest
@@ -39,6 +38,7 @@ ASK = dict(
     after="What is shown right after this: {text}?", before="What is shown right before this: {text}?",
     count='How many scenes can be described with "{word}"?', longest="Which of these is shown for the longest time?",
     story="Describe the video.", span="From {a:.1f} to {b:.1f} seconds.", scene="{a:.1f} to {b:.1f}: {text}.")
+PROMPT = "Describe {t} seconds."  # what the toy models know best; a larger one is better asked: "Describe the video."
 EDGE = 0.5  # seconds that a cut may be off: no question asks about a moment that is closer to one
 EMPTY = set("and are for from has his her its not one that the their them then there they this was with".split())
 
@@ -53,21 +53,20 @@ class Scene(NamedTuple):
 class ModelCaptioner:
     """caption(video, start, end) → text, by our model. The weights are loaded for the first caption that is needed."""
 
-    def __init__(self, directory):
-        self.directory, self.model = directory, None
+    def __init__(self, directory, prompt):
+        self.directory, self.prompt, self.model = directory, prompt, None
 
     def __call__(self, video, start, end):
         if self.model is None:
             device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
             self.model, self.processor = load_model(self.directory, device, dtype)
+        if math.ceil(start) < math.floor(end):  # whole seconds: times as in training, and no frame from across a cut
+            start, end = math.ceil(start), math.floor(end)
         item = {"type": "video", "video": str(video), "start": start, "end": end, "max_frames": 64}
-        message = {"role": "user", "content": [item, {"type": "text", "text": ASK["story"]}]}
+        text = {"type": "text", "text": self.prompt.replace("{t}", str(int((start + end) / 2)))}
+        sample = self.processor.encode([{"role": "user", "content": [item, text]}], generation=True)
         tokenizer = self.processor.tokenizer
-        sample, stop = self.processor.encode([message], generation=True), tokenizer.token_id("<|im_end|>")
-        text = generate(self.model, [sample], stop, 96)[0].text(tokenizer)
-        # when, the cuts know better: "3.0 to 5.5: a ring." is "a ring"; what is said twice is said once
-        parts = [part.strip(" .\n") for part in re.split(r"\d+(?:\.\d+)? to \d+(?:\.\d+)?: ", text)]
-        return "; ".join(dict.fromkeys(filter(None, parts)))
+        return generate(self.model, [sample], tokenizer.token_id("<|im_end|>"), 96)[0].text(tokenizer)
 
 
 def caption_video(path, kept, caption, longest, made_of):
@@ -207,13 +206,14 @@ def main():
     parser.add_argument("folder", type=Path, metavar="VIDEOS", help="folder of videos, subfolders included")
     parser.add_argument("--out", type=Path, required=True, help="folder for captions/ and curated.jsonl")
     parser.add_argument("--model", help="the captioner: a stage's directory or a run; default: the newest run")
+    parser.add_argument("--prompt", default=PROMPT, help="asked of each clip, {t}: its middle (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=16, help="rows of a video, at most (default 16)")
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of the longest clip (default 10)")
     parser.add_argument("--same", type=float, default=0.85, help="common words, 0-1, of captions that say the same")
     args = vars(parser.parse_args())
-    model = find_model(args.pop("model"))
-    curate(**args, caption=ModelCaptioner(model), settings={"model": str(model)})
+    model, prompt = find_model(args.pop("model")), args.pop("prompt")
+    curate(**args, caption=ModelCaptioner(model, prompt), settings={"model": str(model), "prompt": prompt})
 
 
 if __name__ == "__main__":
