@@ -12,7 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py"]
+FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py",
+         "data/curate/prepare.py"]
 TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
 PRETRAINED = ("vision", "near", "base", "teacher")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
