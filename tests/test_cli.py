@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
                  "--steps", "60", "--save-every", "0", "--data-dir", "data", "--out", "stopped", "--packs", "2",
                  "--jobs", "2"]
-    process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)   # a background job would ignore it
+    process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heard)
     metrics, limit = world / "stopped" / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and time.monotonic() < limit:
         time.sleep(0.01)
