@@ -357,6 +357,24 @@ def test_training_lowers_the_loss_and_leaves_frozen_parts(tiny, tokenizer, proce
     assert not moved & frozen and {"visual.merger.linear_fc1.weight", "language_model.embed_tokens.weight"} <= moved
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_steps_by_a_nearly_orthogonal_matrix_and_agrees_with_torchs(shape):
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), torch.randn(3, *shape)
+    p, q = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    own, theirs = train.Muon([p], 0.1, 0.0), getattr(torch.optim, "Muon", None)
+    theirs = theirs and theirs([q], 0.1, weight_decay=0.0)
+    for grad in grads:
+        before, p.grad, q.grad = p.detach().clone(), grad, grad
+        own.step()
+        step = (before - p.detach()) / 0.1 / max(1, shape[0] / shape[1]) ** 0.5
+        sizes = torch.linalg.svdvals(step)
+        assert sizes.min() > 0.5 and sizes.max() < 1.3                       # that is what its polynomial promises
+        if theirs:
+            theirs.step()
+            assert (p - q).norm() < 0.05 * (p - before).norm() * len(grads)  # torch computes in bf16
+
+
 def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_path):
     trainer = trainer_of(tmp_path, tiny, tokenizer, warmup=1 / 3, lr_min=1e-4)
     rates = [trainer.lr(step) for step in range(7)]
