@@ -155,7 +155,7 @@ def make_pack(samples, shared_grids, vision_ids, group=1):
                 grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples[::group]]))
 
 
-BLOCK = 256                                  # queries that attend together; see m2la.Blocks
+BLOCK = 64                                   # queries that attend together, at least; see m2la.Blocks
 
 
 def collate_packs(packs):
@@ -176,10 +176,10 @@ def collate_packs(packs):
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
     blocks = [(0, head, 0, 0)] if head else []
-    root = torch.where(parent > 0, parent, branch)
-    for start in range(head, T, BLOCK):                    # the branches at its start begin at `low` or later
+    root, size = torch.where(parent > 0, parent, branch), max(BLOCK, T // 16)
+    for start in range(head, T, size):                     # the branches at its start begin at `low` or later
         low = int((root == root[:, start:start + 1]).int().argmax(1).min())
-        blocks.append((start, min(start + BLOCK, T), head, max(low, head)))
+        blocks.append((start, min(start + size, T), head, max(low, head)))
     batch = {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "valid": branch >= 0,
              "mask": Blocks(mask, blocks),
              "patches": torch.cat([p.patches for p in packs]), "grids": torch.cat([p.grids for p in packs])}
