@@ -57,7 +57,7 @@ def parse_letter(text, options):
     if whole := re.fullmatch(rf"\W*{one}\W*", text, re.I):                                  # B   (b)   B.
         return whole[1].upper()
     several = len(set(re.findall(rf"\({one}\)", text))) > 1
-    words, low = [" ".join(o.lower().split()) for o in options], " ".join(text.lower().split())
+    words, low = [" ".join(o.lower().split()).rstrip(".") for o in options], " ".join(text.lower().split())
     found = [w for w in words if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", low)]
     found = [w for w in found if not any(w != v and w in v for v in found)]                 # "star" inside "red star"
     named = LETTERS[words.index(found[0])] if len(found) == 1 == words.count(found[0]) else None
@@ -67,6 +67,30 @@ def parse_letter(text, options):
         return None
     letter = cues[-1] if cues else edge[1] if edge else named
     return letter if named in (None, letter) else None
+
+
+# How the official scripts find the letter in an answer, and (second) whose answers they leave out of the denominator:
+# those in which they find none, none, or those that were not given (the video is missing).
+def first_capital(text):
+    """Video-MME: the first capital A-D anywhere. In the script's list of phrases to delete two commas are missing, so
+    "Best answer: C" is a B there, and here."""
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        text = text.replace(phrase, "")
+    return next(iter(re.findall("[ABCD]", text)), "")
+
+
+def before_bracket(text):
+    """MLVU: the character before the first ")", or all of the text, is exactly the letter."""
+    at = text.find(")")
+    return text if at < 0 else text[max(0, at - 1):at]
+
+
+def polished(text):
+    """LVBench: what is before the first ")", then after "(", then its first character."""
+    return text.strip().split(")")[0].strip().split("(", 2)[:2][-1].strip()[:1]
+
+
+OFFICIAL = {"videomme": (first_capital, "unparsed"), "mlvu": (before_bracket, None), "lvbench": (polished, "missing")}
 
 
 TIME = r"(?<![\d.:])(\d{1,6}(?::\d{1,2}){0,2}(?:\.\d+)?)(?![\d:])"                          # 12.5   1:05   1:02:03
@@ -149,6 +173,21 @@ def by_kind(values, rows):
     return {kind: {"value": float(np.mean(v)), "n": len(v)} for kind, v in sorted(kinds.items())}
 
 
+def by_group(values, rows):
+    """{name: {label: {value, n}}} of the rows' `groups`: {name: label, or labels, each of which counts the row}."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for value, row in zip(values, rows):
+        for name, labels in row.get("groups", {}).items():
+            for label in labels if isinstance(labels, list) else [labels]:
+                groups[name][label].append(float(value))
+    return {name: {label: {"value": float(np.mean(v)), "n": len(v)} for label, v in sorted(labels.items())}
+            for name, labels in groups.items()}
+
+
+def macro(kinds):
+    return float(np.mean([k["value"] for k in kinds.values()])) if kinds else None
+
+
 def recall(values, threshold):
     """R1@t: IoU >= t, safe at equality (3/10 computed from two spans can miss 0.3 by one rounding step)."""
     return (np.asarray(values) >= threshold - 1e-9).astype(float)
@@ -164,20 +203,39 @@ def clip_of(row):
     return next((item[item["type"]] for item in media_items(row)), row["id"])
 
 
+def official_mcq(texts, rows):
+    """{acc, acc_n, macro, kinds, groups} as the benchmark's own script gives them for the same answers (of a thinking
+    model: what follows the thinking). Empty if the rows are of no benchmark, or of one that has no script for texts."""
+    names = {row.get("official") for row in rows}
+    if len(names) > 1 or not names <= OFFICIAL.keys():
+        return {}
+    extract, leave_out = OFFICIAL[names.pop()]
+    picked = [extract(final_text(text)) for text in texts]
+    out = {"unparsed": lambda i: not picked[i], "missing": lambda i: texts[i] is None, None: lambda i: False}[leave_out]
+    kept = [i for i in range(len(rows)) if not out(i)]
+    values = [float(picked[i] == rows[i]["answer"] != "") for i in kept]
+    rows = [rows[i] for i in kept]
+    kinds = by_kind(values, rows)
+    return {"official": {"acc": float(np.mean(values)) if values else None, "acc_n": len(values), "macro": macro(kinds),
+                         "kinds": kinds, "groups": by_group(values, rows)}}
+
+
 def score_mcq(texts, rows, seed=0):
-    """Accuracy, its mean over kinds (`macro`, MLVU's M-Avg), and how often each letter was chosen."""
+    """Accuracy, its mean over kinds (`macro`, MLVU's M-Avg) and in each group, how often each letter was chosen, and
+    beside them what the benchmark's own script would say (`official`)."""
     picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
     values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
     kinds = by_kind(values, rows)
-    return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
-            "kinds": kinds,
+    return {**figure("acc", values, rows, seed), "macro": macro(kinds), "kinds": kinds,
+            "groups": by_group(values, rows), **official_mcq(texts, rows),
             "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
 
 
 def score_grounding(texts, rows, seed=0):
     """mIoU and R1@0.3/0.5/0.7. Widths tell whether a gain is hedging: the predicted one is of the spans that run
-    forward, inside the video; a reversed one (`reversed`) is an error, not a wide guess."""
+    forward, inside the video; a reversed one (`reversed`) is an error, not a wide guess. `official`: Charades-STA's
+    own, with the spans as `annotated` and as predicted, cut to no video."""
     spans = [parse_span(text, turn=False) for text in texts]
     values = [grounding_reward(text, row) for text, row in zip(texts, rows)]
     result = figure("miou", values, rows, seed)
@@ -186,6 +244,11 @@ def score_grounding(texts, rows, seed=0):
     forward = [(span, row) for span, row in zip(spans, rows) if span and span[0] <= span[1]]
     widths = [min(end, row.get("duration", math.inf)) - start for (start, end), row in forward]
     result |= figure("width", np.maximum(widths, 0), [row for _, row in forward], seed)
+    if all("official" in row for row in rows):
+        raw = [iou(span, row.get("annotated", row["answer"])) if span else 0.0
+               for span, row in zip(map(parse_span, texts), rows)]
+        result["official"] = {"miou": float(np.mean(raw)), "miou_n": len(raw)}
+        result["official"] |= {f"r1_{p}": float(recall(raw, p / 100).mean()) for p in (30, 50, 70)}
     return {**result, "true_width": float(np.mean([row["answer"][1] - row["answer"][0] for row in rows])),
             "kinds": by_kind(values, rows), "missing": texts.count(None),
             "unparsed": spans.count(None) - texts.count(None),
@@ -371,21 +434,24 @@ def encoded_batches(processor, rows, root, batch_size, generation, name, missing
         print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; first {missing[0]}")
 
 
-def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=48, temperature=0.0, generator=None,
+def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, temperature=0.0, generator=None,
                 stats=None, name="answers"):
-    """One text per row, None where the video cannot be read. `stats`, a dict, receives the mean frames and tokens of
-    a prompt: what the number was made from."""
-    texts, frames, tokens, missing = [None] * len(rows), [], [], []
+    """One text per row, None where the video cannot be read. `max_new`: by default that of the rows' preset, else 48.
+    `stats`, a dict, receives what the number was made from: max_new, each row's frames and prompt tokens (`samples`,
+    by id) and their means."""
+    texts, samples_of, missing = [None] * len(rows), {}, []
+    max_new = max_new or max((row.get("preset", {}).get("max_new", 48) for row in rows), default=48)
     stop = processor.tokenizer.token_id("<|im_end|>")
     for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing):
         outs = iv3.generate(model, samples, stop, max_new, temperature, generator=generator)
         for i, out in zip(numbers, outs):
             texts[i] = out.text(processor.tokenizer)
-        frames += [sample.frames for sample in samples]
-        tokens += [len(sample.ids) for sample in samples]
-    frames, tokens = (sum(lists, []) for lists in zip(*gather((frames, tokens))))
-    if stats is not None and frames:
-        stats |= {"frames_per_sample": float(np.mean(frames)), "tokens_per_sample": float(np.mean(tokens))}
+        samples_of |= {rows[i]["id"]: {"frames": sample.frames, "tokens": len(sample.ids)}
+                       for i, sample in zip(numbers, samples)}
+    samples_of = {id: seen for part in gather(samples_of) for id, seen in part.items()}
+    if stats is not None and samples_of:
+        stats |= {f"{what}_per_sample": float(np.mean([seen[what] for seen in samples_of.values()]))
+                  for what in ("frames", "tokens")} | {"samples": samples_of, "max_new": max_new}
     return [next((text for text in found if text is not None), None) for found in zip(*gather(texts))]
 
 
@@ -406,9 +472,13 @@ def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss"):
 
 
 def describe(model, rows, stats, seed, model_dir=None):
-    """What a result was made with; without it a number cannot be compared. Equal hashes mean equal prompts."""
+    """What a result was made with; without it a number cannot be compared. Equal hashes mean equal prompts and
+    settings of the same videos, wherever these lie. `preset`: what prepare.py wrote into the rows."""
+    rows = [edit_videos(row, lambda item: {**item, "video": Path(item["video"]).name}) for row in rows]
     prompts = json.dumps([[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in rows], sort_keys=True)
+    presets = sorted({json.dumps(row["preset"], sort_keys=True) for row in rows if "preset" in row})
     return {"model": str(model_dir or "in memory"), "config": asdict(model.cfg), "seed": seed, **stats,
+            "preset": json.loads(f"[{','.join(presets)}]" if len(presets) != 1 else presets[0]),
             "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
 
 
@@ -419,7 +489,7 @@ def pick_rows(rows, limit, seed=0):
     return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
 
 
-def evaluate(model, processor, data_file, train_file=None, limit=None, batch_size=32, max_new=48, blind=False,
+def evaluate(model, processor, data_file, train_file=None, limit=None, batch_size=32, max_new=None, blind=False,
              seed=0, model_dir=None):
     """Scores of a data file: {mcq, grounding, loss (of all other tasks), baselines, items (the reward of each asked
     row), meta}, each if it has rows."""
@@ -459,19 +529,26 @@ def open_model(directory):
 
 
 def agent_row(model, processor, row, root, facts, budget):
-    """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3."""
+    """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3; None if the
+    row names no evidence. A benchmark's row gives the agent its preset's frames, of its size, and tokens for them."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
-    budget = budget or mcr_agent.Budget()
-    budget = replace(budget, frames=row["frames"], coarse=min(budget.coarse, row["frames"]))
+    budget, item, more = budget or mcr_agent.Budget(), media_items(row)[0], {}
+    frames = row.get("frames") or item["max_frames"]
+    budget = replace(budget, frames=frames, coarse=min(budget.coarse, frames))
+    if "frame_tokens" in item:                                   # a stamp and two marks are about 16 tokens more
+        more = {"media": {"frame_tokens": item["frame_tokens"]}}
+        budget = replace(budget, tokens=budget.tokens + frames // 2 * (item["frame_tokens"][1] + 16))
     live = mcr_agent.LiveModel(model, processor, budget.tokens)
     text = next(i["text"] for i in user_turn(row)["content"] if i["type"] == "text")
+    question = row.get("question") or text.rpartition("\n")[2]
     try:
-        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.rpartition("\n")[2], row["options"],
-                                  budget=budget, facts=facts)
+        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), question, row["options"], budget=budget,
+                                  facts=facts, **more)
     except iv3.MediaError:
-        return {"text": None, "hit": 0.0, "forced": 0, "frames": 0}
-    hit = any(iou(cited, true) >= 0.3 for cited in out.evidence for true in row["evidence"])
-    return {"text": out.answer, "hit": float(hit), "forced": bool(out.budget_exhausted), "frames": out.frames}
+        return {"text": None, "hit": 0.0 if row.get("evidence") else None, "forced": 0, "frames": 0}
+    hit = float(any(iou(cited, true) >= 0.3 for cited in out.evidence for true in row.get("evidence", [])))
+    return {"text": out.answer, "hit": hit if row.get("evidence") else None, "forced": bool(out.budget_exhausted),
+            "frames": out.frames}
 
 
 def user_turn(row):
@@ -479,19 +556,25 @@ def user_turn(row):
 
 
 def direct_row(row):
-    """The question asked directly, with the agent's whole frame budget spread over the clip."""
+    """The question asked directly, with the agent's whole frame budget spread over the clip. A benchmark's row says
+    itself how it is asked."""
+    if row["task"] == "mcq":
+        return row
     item = {"type": "video", "video": clip_of(row), "max_frames": row["frames"], "pairs": True}
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
 def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0):
-    """{unseen, seen: {direct, agentic, evidence_hit (figures), kinds, forced, frames, missing}}: the MCR agent against
-    the same model answering directly, on the same rows with the same number of frames."""
+    """{unseen, seen, official: {direct, agentic, evidence_hit (figures), kinds, groups, forced, frames, missing}}: the
+    MCR agent against the same model answering directly, on the same rows with the same number of frames. `official`:
+    a benchmark's rows; their evidence_hit is over those that name evidence."""
     for row in rows:
+        official = row["task"] == "mcq" and "preset" in row
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
-        if row["task"] != "mcr" or absent:
+        if not official and (row["task"] != "mcr" or absent):
             wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
-            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence")
+            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence, "
+                            "and a benchmark's rows")
     direct = answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
     own = [agent_row(model, processor, row, root, facts, budget)
            for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False)]
@@ -499,19 +582,24 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, ba
     for part, done in enumerate(gather(own)):
         outs[part::world()] = done
     result = {}
-    for group in ("unseen", "seen"):
-        part = [i for i, row in enumerate(rows) if row.get("unseen", row["kind"] in UNSEEN) == (group == "unseen")]
+    groups = ["official" if row["task"] == "mcq" else "unseen" if row.get("unseen", row["kind"] in UNSEEN) else "seen"
+              for row in rows]
+    for group in ("unseen", "seen", "official"):
+        part = [i for i, name in enumerate(groups) if name == group]
         if part:
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
             values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
                       "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      "evidence_hit": [out["hit"] for out in ran]}
-            result[group] = {"kinds": {name: by_kind(v, mine) for name, v in values.items()},
+                      "evidence_hit": [out["hit"] for out in ran if out["hit"] is not None]}
+            about = {name: mine for name in values}
+            about["evidence_hit"] = [row for row, out in zip(mine, ran) if out["hit"] is not None]
+            result[group] = {"kinds": {name: by_kind(v, about[name]) for name, v in values.items()},
+                             "groups": {name: by_group(v, about[name]) for name, v in values.items()},
                              "forced": sum(out["forced"] for out in ran),
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
-                result[group] |= figure(name, v, mine, seed)
+                result[group] |= figure(name, v, about[name], seed)
     return result
 
 
@@ -579,6 +667,14 @@ def render_scores(scores):
         for kind, own in block.get("kinds", {}).items():
             trivial = best[f"{main}_kinds"][kind]
             rows.append([f"  {kind}", number(own["value"]), own["n"], f"{number(trivial['value'])} {trivial['name']}"])
+        if len(block.get("kinds", {})) > 1 and task == "mcq":
+            rows.append(["mean of the kinds", number(block["macro"]), len(block["kinds"]), ""])
+        for name, labels in block.get("groups", {}).items():
+            rows += [[f"  {name}: {label}", number(own["value"]), own["n"], ""] for label, own in labels.items()]
+        for name, value in block.get("official", {}).items():
+            if isinstance(value, float) and (name != "macro" or len(block["kinds"]) > 1):
+                n = block["official"][names[task][0] + "_n"]
+                rows.append([f"by the official rule: {name}", number(value), n, ""])
         if main:
             lost.append(f"{task} counted wrong: {block['unparsed']} unparsed, {block['missing']} missing")
     return "\n".join([table(["score", "value", "n", "strongest baseline"], rows), *lost])
@@ -943,7 +1039,7 @@ def main():
     add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
-    add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
+    add("--max-new", type=int, help="at most so many answer tokens (default: the rows' preset's, else 48)")
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=["decode", "conversion"], help="decode: time per new token of M2LA, a good GQA and the "
         "paper's eager GQA; conversion: the damage of each way to convert --model (default: the tiny base)")

@@ -515,11 +515,18 @@ def target_size(n, height, width, factor, min_volume, max_volume):
     return h, w
 
 
-def patchify(frames, cfg, image=False):
+def patchify(frames, cfg, image=False, frame_tokens=()):
     """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n.
-    An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
-    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
-    size = target_size(2 if image else len(frames), *frames.shape[1:3], cfg.patch * cfg.merge, *limits)
+    A video's volume is limited as a whole (the config), or each temporal patch is by `frame_tokens`, [least, most],
+    however long the video is. An image has limits of its own; it is seen as two equal frames, hence the 2."""
+    factor, n = cfg.patch * cfg.merge, 2
+    if image:
+        limits = 2 * cfg.min_pixels, 2 * cfg.max_pixels
+    elif frame_tokens:
+        limits = (2 * factor ** 2 * tokens for tokens in frame_tokens)
+    else:
+        n, limits = len(frames), (cfg.min_volume, cfg.max_volume)
+    size = target_size(n, *frames.shape[1:3], factor, *limits)
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
@@ -634,8 +641,11 @@ class Processor:
     def load(self, item, root):
         """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
         kind = item["type"]
-        options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
-        key = (str(Path(root) / item[kind]), *sorted(options.items()))
+        for holds, problem in item_rules(item):                               # no setting is ignored silently
+            need(holds, f"{item[kind]}: {problem}")
+        options = {k: item[k] for k in SETTINGS if k in item}
+        tokens = tuple(options.pop("frame_tokens", ()))
+        key = (str(Path(root) / item[kind]), tokens, *sorted(options.items()))
         if key in self.cache:
             return self.cache[key]
         if kind == "image":
@@ -643,7 +653,7 @@ class Processor:
         else:
             video = read_video(key[0], **options)
             times = np.pad(video.times, (0, len(video.times) % 2), "edge").reshape(-1, 2).mean(1)
-            value = *patchify(video.frames, self.cfg), times, len(video.times)
+            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), times, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
@@ -721,6 +731,25 @@ def load_rows(path):
     return rows
 
 
+SETTINGS = {"start": 0, "end": 0, "fps": 1e-3, "max_frames": 1, "pairs": None, "frame_tokens": None}     # least values
+
+
+def item_rules(item):
+    """What a media item may say besides its type and file, as (a rule holds, the problem if not)."""
+    unknown = item.keys() - {"type", item["type"], *(SETTINGS if item["type"] == "video" else ())}
+    yield not unknown, f"cannot apply {', '.join(map(repr, sorted(unknown)))} to the {item['type']}: leave it out"
+    for name, least in SETTINGS.items():
+        value = item.get(name, least)
+        if name == "frame_tokens" and name in item:
+            pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value)
+            yield (pair and 1 <= value[0] <= value[1],
+                   f"'frame_tokens' of the video is {value!r}: must be [least, most] tokens of two frames")
+        elif least is not None:
+            number = isinstance(value, int if name == "max_frames" else (int, float))
+            yield (number and least <= value < math.inf or value is None and name in ("start", "end"),
+                   f"'{name}' of the video is {value!r}: must be a number from {least} on")
+
+
 def row_rules(row):
     """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it."""
     yield isinstance(row, dict), "a row must be an object"
@@ -736,18 +765,15 @@ def row_rules(row):
             kind = item.get("type") if isinstance(item, dict) else None
             yield (kind in ("text", "image", "video") and isinstance(item.get(kind), str),
                    f"{where} content must be a string or a list of text, image and video items")
-            for name, least in (("start", 0), ("end", 0), ("fps", 1e-3), ("max_frames", 1)):
-                value = item.get(name, least)
-                number = isinstance(value, int if name == "max_frames" else (int, float))
-                yield (number and least <= value < math.inf,
-                       f"{where} '{name}' of the video is {value!r}: must be a number from {least} on")
+            yield from ((holds, f"{where} {problem}") for holds, problem in item_rules(item))
     yield row["messages"] and role == "assistant", "field 'messages' must end with the assistant's answer"
     answer, options = row.get("answer"), row.get("options")
     if row["task"] == "mcq":
         texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
         yield texts and 2 <= len(options) <= 26, "field 'options' must be a list of 2 to 26 texts"
-        yield (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options),
-               f"field 'answer' is {answer!r}: must be the letter of an option")
+        letter = isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options)
+        yield (letter or answer == "",
+               f"field 'answer' is {answer!r}: must be the letter of an option, or empty if none is right")
     if row["task"] == "grounding":
         pair = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
         yield (pair and 0 <= answer[0] < answer[1] < math.inf,

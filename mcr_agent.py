@@ -517,10 +517,11 @@ class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
     def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
-                 system=SYSTEM, trace=lambda record: None):
+                 system=SYSTEM, trace=lambda record: None, media=None):
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
+        self.item = {"type": "video", "video": self.video, **(media or {})}
         if facts:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
@@ -537,7 +538,7 @@ class Rollout:
     def begin(self, system):
         """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts."""
         frames = self.budget.coarse // 2 * 2
-        self.coarse = {"type": "video", "video": self.video, "max_frames": frames, "pairs": True}
+        self.coarse = {**self.item, "max_frames": frames, "pairs": True}
         self.seen = frame_times(0.0, self.duration, FPS, frames, pairs=True)
         for t in sorted(self.seen):
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
@@ -556,7 +557,7 @@ class Rollout:
 
     def window(self, start, end, fps=FPS):
         """The item that shows [start, end), clipped to the frames that are left."""
-        item = {"type": "video", "video": self.video, "start": start, "end": end, "fps": fps}
+        item = {**self.item, "start": start, "end": end, "fps": fps}
         times, left = frame_times(start, end, fps), self.budget.frames - len(self.seen)
         if len(times - self.seen) > left:
             if left < 2:
@@ -716,7 +717,8 @@ class Rollout:
 
 
 def run_agent(model, video, question, options=None, **settings):
-    """One rollout → Result. settings: budget, facts, route, verify, system, trace (see Rollout)."""
+    """One rollout → Result. settings: budget, facts, route, verify, system, trace (see Rollout),
+    media: settings of all that is looked at, such as frame_tokens."""
     return Rollout(model, video, question, options, **settings).run()
 
 

@@ -14,7 +14,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py",
-         "data/curate/prepare.py"]
+         "data/curate/prepare.py", *(f"data/{name}/prepare.py" for name in (
+             "videomme", "mlvu", "egoschema", "lvbench", "charades_sta"))]
 TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
 PRETRAINED = ("vision", "near", "base", "teacher")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -106,6 +107,7 @@ MISTAKES = [
     (["iv3.py", VIDEO, "What?", "--model", "wide"], "wide/weights.pt: tensor language_model.layers.0.mlp"),
     (["iv3.py", "--estimate", "huge"], "huge: neither a preset (tiny, "),
     (["iv3.py", "--estimate", "tiny", "--memory", "0"], "--memory"),
+    (["data/mlvu/prepare.py", "--annotations", "no", "--media", ".", "--out", "o"], "--annotations no: no such file"),
     (["mcr_agent.py"], "give VIDEO"),
     (["mcr_agent.py", "nowhere.mp4", "What?"], "nowhere.mp4"),
     (["mcr_agent.py", VIDEO, "What?", "--calls", "-1"], "--calls -1"),

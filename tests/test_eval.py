@@ -45,9 +45,18 @@ def grounding(start, end, clip="a.mp4", duration=20.0, **more):
     ("mauve (B)", "B"), ("(B) red", None), ("red (B)", None), ("B. red", None), ("the answer is B, red", None),
     ("red or blue", None), ("red (A) blue (B)", None), ("(A) red (B)", None), ("blueish", None),
     ("E", None), ("blue (E)", "B"), ("I do not know", None), ("", None), (None, None), ("<think>B</think>", None),
+    # formats.md: what other extractors get wrong ("Based" is no B, "Answer" no A, "A dog" no A)
+    ("Based on the video, the answer is C", "C"), ("Answer: D", "D"), ("The correct option is: B.", "B"),
+    ("A dog barks.", None), ("An apple", None), ("Best option: (C", "C"), ("B) blue\n", "B"), ("Blue.", "B"),
+    ("A or B? I believe it is green", "C"), ("<think>unfinished, the answer is B", "B"), ("</think>", None),
 ])
 def test_parse_letter(text, letter):
     assert evaluation.parse_letter(text, OPTIONS) == letter
+
+
+def test_an_option_is_known_without_its_full_stop():
+    assert [evaluation.parse_letter(text, ["A dog.", "Mr. Cat.", "."]) for text in ("a dog", "Mr. Cat", ".")] == [
+        "A", "B", None]
 
 
 def test_parse_letter_with_equal_options_needs_the_letter():

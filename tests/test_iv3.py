@@ -407,6 +407,26 @@ def test_placeholders_in_a_text_are_refused(tokenizer):
         Processor(tokenizer, CONFIG).encode([user("What is <|video_pad|>?")])
 
 
+@pytest.mark.parametrize("name, limits, tokens", [
+    ("square.mp4", [1, 4], 4), ("square.mp4", [1, 3], 1), ("square.mp4", [5, 16], 9), ("wide.mp4", [1, 8], 8),
+    ("wide.mp4", [9, 99], 15)])
+def test_frame_tokens_limit_each_patch(tokenizer, folder, name, limits, tokens):
+    """64×64 pixels are 4 tokens, 64×128 are 8; sides are rounded down to fit and up to reach (so 9 become 15)."""
+    item = video(name, end=3, fps=2, frame_tokens=limits)
+    sample = Processor(tokenizer, CONFIG).encode([user(item)], folder)
+    assert set((sample.grids.prod(1) // 4).tolist()) == {tokens}
+    small = Processor(tokenizer, Config(**{**CONFIG.__dict__, "max_volume": 2048})).encode([user(item)], folder)
+    assert torch.equal(small.grids, sample.grids)                              # whatever the limit of the whole video
+
+
+def test_a_setting_that_cannot_be_applied_is_named(tokenizer, folder):
+    for item, named in ((video("ramp.mp4", max_pixels=9), "ramp.mp4: cannot apply 'max_pixels' to the video"),
+                        (video("ramp.mp4", frame_tokens=[0, 4]), "ramp.mp4: 'frame_tokens' of the video is"),
+                        ({"type": "image", "image": "picture.png", "frame_tokens": [1, 4]}, "to the image")):
+        with pytest.raises(UserError, match=named):
+            Processor(tokenizer, CONFIG).encode([user(item)], folder)
+
+
 def test_the_pixel_cache_keeps_within_its_size(tokenizer, folder):
     processor = Processor(tokenizer, CONFIG, cache_bytes=3 * 4 * 1536)
     first = processor.encode([user(video("ramp.mp4", end=2))], folder)
@@ -425,7 +445,8 @@ LAST = GOOD["messages"][-1]
 
 
 def test_load_rows_reads_what_is_right(tmp_path):
-    rows = [GOOD, {**GOOD, "id": "line\u2028separator"}, {**GOOD, "task": "grounding", "answer": [0, 2.5]}]
+    rows = [GOOD, {**GOOD, "id": "line\u2028separator"}, {**GOOD, "task": "grounding", "answer": [0, 2.5]},
+            {**GOOD, "answer": ""}]                                            # no option is right
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8")
     assert load_rows(path) == rows
@@ -442,6 +463,10 @@ def test_load_rows_reads_what_is_right(tmp_path):
     ({**GOOD, "messages": [user(video("v.mp4", start="1")), LAST]}, r"messages\[0\].*'start'.*'1'"),
     ({**GOOD, "messages": [user(video("v.mp4", fps=0)), LAST]}, "'fps'"),
     ({**GOOD, "messages": [user(video("v.mp4", max_frames=2.5)), LAST]}, "'max_frames'"),
+    ({**GOOD, "messages": [user(video("v.mp4", frame_tokens=[9, 4])), LAST]}, "'frame_tokens'"),
+    ({**GOOD, "messages": [user(video("v.mp4", frame_tokens=256)), LAST]}, "'frame_tokens'"),
+    ({**GOOD, "messages": [user(video("v.mp4", total_pixels=9)), LAST]}, r"messages\[0\].*cannot apply 'total_pixels'"),
+    ({**GOOD, "messages": [user({"type": "image", "image": "a.png", "fps": 1}), LAST]}, "cannot apply 'fps'"),
     ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": []}]}, r"messages\[1\].*string"),
     ({**GOOD, "options": ["red"]}, "'options'"), ({**GOOD, "options": [1, 2]}, "'options'"),
     ({**GOOD, "answer": "C"}, "'answer'.*'C'"),
