@@ -226,7 +226,9 @@ def score_mcq(texts, rows, seed=0):
     picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
     values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
     kinds = by_kind(values, rows)
+    weight = np.array([1 / kinds[row.get("kind", row["task"])]["n"] for row in rows])       # every kind weighs the same
     return {**figure("acc", values, rows, seed), "macro": macro(kinds), "kinds": kinds,
+            "macro_ci": interval(np.stack([weight * values, weight], 1), [clip_of(row) for row in rows], seed),
             "groups": by_group(values, rows), **official_mcq(texts, rows),
             "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
@@ -530,7 +532,8 @@ def open_model(directory):
 
 def agent_row(model, processor, row, root, facts, budget):
     """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3; None if the
-    row names no evidence. A benchmark's row gives the agent its preset's frames, of its size, and tokens for them."""
+    row names no evidence. A benchmark's row gives the agent its preset's number and size of frames, and the tokens
+    they take; prompts and frame rate are the agent's own."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
     budget, item, more = budget or mcr_agent.Budget(), media_items(row)[0], {}
     frames = row.get("frames") or item["max_frames"]
@@ -668,7 +671,7 @@ def render_scores(scores):
             trivial = best[f"{main}_kinds"][kind]
             rows.append([f"  {kind}", number(own["value"]), own["n"], f"{number(trivial['value'])} {trivial['name']}"])
         if len(block.get("kinds", {})) > 1 and task == "mcq":
-            rows.append(["mean of the kinds", number(block["macro"]), len(block["kinds"]), ""])
+            rows.append(["mean of the kinds", cell(block, "macro"), len(block["kinds"]), ""])
         for name, labels in block.get("groups", {}).items():
             rows += [[f"  {name}: {label}", number(own["value"]), own["n"], ""] for label, own in labels.items()]
         for name, value in block.get("official", {}).items():

@@ -751,10 +751,14 @@ def item_rules(item):
 
 
 def row_rules(row):
-    """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it."""
+    """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it. What scores use
+    besides: `kind`; `groups`, {name: label or list of labels}; `duration` of the video and `evidence` spans in seconds;
+    and what data/official.py writes: `question` without options, `official` rule, `annotated` span, `preset`."""
     yield isinstance(row, dict), "a row must be an object"
     for name, kind in (("id", str), ("task", str), ("messages", list)):
         yield isinstance(row.get(name), kind), f"field '{name}' must be a {kind.__name__}"
+    for name in ("groups", "preset"):
+        yield isinstance(row.get(name, {}), dict), f"field '{name}' must be an object"
     yield row["task"] in TASKS, f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
     for i, message in enumerate(row["messages"]):
         where, roles = f"field 'messages[{i}]':", ("system", "user", "assistant", "tool")

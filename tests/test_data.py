@@ -167,6 +167,8 @@ def test_mlvu_m_avg_by_hand(tmp_path):
     texts = [texts[row["kind"]].pop(0) for row in rows]
     score = evaluation.score_mcq(texts, rows)
     assert score["macro"] == pytest.approx((0.5 + 1 + 1 + 0 + 0 + 1 + 1) / 7) and score["acc"] == 6 / 10
+    low, high = score["macro_ci"]                                              # seven clips
+    assert 0.2 < low < 0.5 < 0.8 < high <= 1
     assert score["groups"]["annotation"] == {"sound": {"value": 5 / 7, "n": 7}, "flawed": {"value": 1 / 3, "n": 3}}
     assert (score["missing"], score["unparsed"]) == (1, 1)
     # the official rule takes the character before the first ")", or the whole text: "B. y" and "y" are wrong there

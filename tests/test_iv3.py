@@ -454,7 +454,7 @@ def test_load_rows_reads_what_is_right(tmp_path):
 
 @pytest.mark.parametrize("row, named", [
     ([1], "must be an object"), ({**GOOD, "id": 3}, "'id'"), ({**GOOD, "task": "quiz"}, "'task'"),
-    ({**GOOD, "messages": "hi"}, "'messages'"),
+    ({**GOOD, "messages": "hi"}, "'messages'"), ({**GOOD, "groups": ["a"]}, "'groups'"),
     ({**GOOD, "messages": []}, "'messages'"), ({**GOOD, "messages": GOOD["messages"][:1]}, "assistant's answer"),
     ({**GOOD, "messages": [{"role": "bot", "content": "x"}, LAST]}, r"messages\[0\].*role"),
     ({**GOOD, "messages": [{"role": "user"}, LAST]}, r"messages\[0\]"),
