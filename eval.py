@@ -69,8 +69,6 @@ def parse_letter(text, options):
     return letter if named in (None, letter) else None
 
 
-# How the official scripts find the letter in an answer, and (second) whose answers they leave out of the denominator:
-# those in which they find none, none, or those that were not given (the video is missing).
 def first_capital(text):
     """Video-MME: the first capital A-D anywhere. In the script's list of phrases to delete two commas are missing, so
     "Best answer: C" is a B there, and here."""
@@ -90,7 +88,9 @@ def polished(text):
     return text.strip().split(")")[0].strip().split("(", 2)[:2][-1].strip()[:1]
 
 
-OFFICIAL = {"videomme": (first_capital, "unparsed"), "mlvu": (before_bracket, None), "lvbench": (polished, "missing")}
+# How the official scripts find the letter in an answer, and which answers (text or None, letter) they count at all.
+OFFICIAL = {"videomme": (first_capital, lambda text, letter: letter), "mlvu": (before_bracket, lambda *_: True),
+            "lvbench": (polished, lambda text, letter: text is not None)}
 
 
 TIME = r"(?<![\d.:])(\d{1,6}(?::\d{1,2}){0,2}(?:\.\d+)?)(?![\d:])"                          # 12.5   1:05   1:02:03
@@ -209,12 +209,10 @@ def official_mcq(texts, rows):
     names = {row.get("official") for row in rows}
     if len(names) > 1 or not names <= OFFICIAL.keys():
         return {}
-    extract, leave_out = OFFICIAL[names.pop()]
-    picked = [extract(final_text(text)) for text in texts]
-    out = {"unparsed": lambda i: not picked[i], "missing": lambda i: texts[i] is None, None: lambda i: False}[leave_out]
-    kept = [i for i in range(len(rows)) if not out(i)]
-    values = [float(picked[i] == rows[i]["answer"] != "") for i in kept]
-    rows = [rows[i] for i in kept]
+    extract, counts = OFFICIAL[names.pop()]
+    picked = [(extract(final_text(text)), text, row) for text, row in zip(texts, rows)]
+    picked = [(letter, row) for letter, text, row in picked if counts(text, letter)]
+    values, rows = [float(letter == row["answer"] != "") for letter, row in picked], [row for _, row in picked]
     kinds = by_kind(values, rows)
     return {"official": {"acc": float(np.mean(values)) if values else None, "acc_n": len(values), "macro": macro(kinds),
                          "kinds": kinds, "groups": by_group(values, rows)}}

@@ -461,15 +461,17 @@ def _decode(path, start):
                 return
 
 
-def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=60.0):
+def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
-    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds)."""
+    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
+    the length of the window: an hour of film takes minutes)."""
     duration, _ = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
          f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
     wanted = sample_times(start, end, fps, max_frames, pairs)
+    deadline = 60 + end - start if deadline is None else deadline
     pixels, times, reformatter, limit = [], [], VideoReformatter(), time.monotonic() + deadline
     for (now, frame), (until, _) in pairwise(chain(_decode(path, start), [(math.inf, None)])):
         need(time.monotonic() <= limit,

@@ -250,6 +250,16 @@ def test_lvbench_rows(tmp_path):
     assert missing == [f"{tmp_path / 'media' / 'Yt1.mp4'}: 2 rows"]
 
 
+def test_lvbench_videos_as_the_official_script_downloads_them(tmp_path):
+    """video2dataset numbers the files; which video each is stands in the .json beside it."""
+    for number, url in enumerate(("Other", "Yt1")):
+        clip(tmp_path / "media" / "00000" / f"0000000{number}.mp4", seconds=1)
+        write(tmp_path / "media" / "00000" / f"0000000{number}.json", {"url": f"https://www.youtube.com/watch?v={url}"})
+    write(tmp_path / "media" / "00000_stats.json", [])
+    rows, _, missing = prepared("lvbench", write(tmp_path / "a.meta.jsonl", [lvbench(QA)]), tmp_path)
+    assert asked(rows[0])[0]["video"] == "../media/00000/00000001.mp4" and not missing
+
+
 @pytest.mark.parametrize("reference, spans", [
     ("00:15-00:19", [[15, 19]]), ("62:05-1:02:10", [[3725, 3730]]), ("01:02:03", [[3723, 3724]]), (None, []),
     ("0:10-0:20, 1:00-1:10", [[10, 20], [60, 70]]), ("00:07-00:07", [[7, 8]]), ("whole video", [])])

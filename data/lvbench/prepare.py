@@ -2,9 +2,10 @@
 
     python data/lvbench/prepare.py --annotations video_info.meta.jsonl --media videos/ --out runs/lvbench
 
-Media: <key>.mp4. Scored by question_type, of which a question may have several, and by the video's type. Traps: the
-options are part of the question; uids may be numbers. time_reference becomes `evidence`, the spans that
-`eval.py --agent` holds against what the agent cites.
+Media: <key>.mp4, or as the official download script leaves them: numbered, beside a .json with the address. Scored by
+question_type, of which a question may have several, and by the video's type. Traps: the options are part of the
+question; uids may be numbers. time_reference becomes `evidence`, the spans that `eval.py --agent` holds against what
+the agent cites.
 """
 import re
 import sys
@@ -36,7 +37,15 @@ def spans(reference):
     return [[span[0], max(span[-1], span[0] + 1)] for span in found]
 
 
+def name_by_address(made):
+    """A numbered video is found by its key too, which the .json beside it has in its `url`."""
+    for path in [path for paths in made.files.values() for path in paths if path.with_suffix(".json").is_file()]:
+        if match := re.search(r"[?&]v=([\w-]+)", str(load(path.with_suffix(".json"), dict).get("url"))):
+            made.files[match[1]].append(path)
+
+
 def convert(made, annotations):
+    name_by_address(made)
     path = the_file(annotations, "*.meta.jsonl")
     for i, entry in enumerate(load(path)):
         key, questions, kind = fields(entry, f"{path}: line {i + 1}", key=str, qa=list, type=str)
