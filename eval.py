@@ -74,7 +74,7 @@ def first_capital(text):
     "Best answer: C" is a B there, and here."""
     for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
         text = text.replace(phrase, "")
-    return next(iter(re.findall("[ABCD]", text)), "")
+    return (re.findall("[ABCD]", text) or [""])[0]
 
 
 def before_bracket(text):

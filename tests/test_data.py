@@ -332,11 +332,11 @@ def test_charades_scores_by_hand(tmp_path):
     clip(tmp_path / "media" / "AB12C.mp4", seconds=4)
     lines = "".join(line + "\n" for line in CHARADES.splitlines()[:4])
     rows = prepared("charades_sta", write(tmp_path / "charades_sta_test.txt", lines), tmp_path)[0]
-    texts = ["The event happens in the 1.0 - 2.0 seconds", "2.0 - 4.0", "9.5 - 2.0 seconds", "30 - 35.5"]
+    texts = ["The event happens in the 1.0 - 2.0 seconds", "2.0 - 4.0", "9.5 - 1.0 seconds", "30 - 35.5"]
     score = evaluation.score_grounding(texts, rows)
-    assert score["miou"] == pytest.approx((0.5 + 1 + 1 + 0) / 4)               # both cut to the 4 s that there are
-    assert (score["r1_30"], score["r1_50"], score["r1_70"]) == (0.75, 0.75, 0.5)
-    assert score["official"]["miou"] == pytest.approx((0.5 + 2 / 7.5 + 1 + 1) / 4)           # neither is cut
+    assert score["miou"] == pytest.approx((0.5 + 1 + 2 / 3 + 0) / 4)           # both cut to the 4 s that there are
+    assert (score["r1_30"], score["r1_50"], score["r1_70"]) == (0.75, 0.75, 0.25)
+    assert score["official"]["miou"] == pytest.approx((0.5 + 2 / 7.5 + 7.5 / 8.5 + 1) / 4)   # neither is cut
     assert [score["official"][f"r1_{p}"] for p in (30, 50, 70)] == [0.75, 0.75, 0.5]
 
 
@@ -411,9 +411,8 @@ def test_a_result_says_what_it_was_made_with(tmp_path, model, monkeypatch, capsy
     assert results["quick"]["mcq"]["acc_n"] == 2 and results["quick"]["mcq"]["missing"] == 1  # … but counts
     assert quick["prompt_hash"] != default["prompt_hash"]                      # another sampling is another prompt
     moved = tmp_path / "moved"
-    (tmp_path / "media").rename(tmp_path / "elsewhere")
-    moved.mkdir()
-    (tmp_path / "elsewhere").rename(moved / "media")
+    (moved / "media").mkdir(parents=True)
+    (tmp_path / "media").rename(moved / "media" / "deep")
     prepared("videomme", tmp_path / "m.json", moved, "quick")
     rows = iv3.load_rows(moved / "out" / "videomme.jsonl")
     assert evaluation.describe(model[0], rows, {}, 0)["prompt_hash"] == quick["prompt_hash"]  # wherever files lie
