@@ -287,7 +287,7 @@ def test_lvbench_evidence_of_an_agent_run(tmp_path, monkeypatch):
 
     def run_agent(live, video, question, options, budget, facts, media):
         seen.append((question, options, budget, media))
-        return SimpleNamespace(answer="(D) 4", evidence=[(14.0, 19.0)], budget_exhausted="", frames=8)
+        return SimpleNamespace(answer="(D) 4", evidence=[(14.0, 19.0)], budget_exhausted="", frames=8, tokens=9)
 
     monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_: None)
     monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
