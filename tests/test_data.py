@@ -162,7 +162,7 @@ def test_mlvu_m_avg_by_hand(tmp_path):
     """Needle has 4 questions, the other tasks one: M-Avg is the mean of seven accuracies, not of ten answers."""
     bad = [mlvu(), mlvu(candidates="xyyw"), mlvu(answer="absent"), mlvu(candidates=("",) * 4, answer="")]
     rows = prepared("mlvu", mlvu_folder(tmp_path / "json", needle=bad), tmp_path)[0]
-    texts = {"needle": ["B) y", "(C) y", "A", ""], "plotQA": ["B. y"], "ego": ["y"], "count": [None],
+    texts = {"needle": ["B) y", "(C) y", "", "A"], "plotQA": ["B. y"], "ego": ["y"], "count": [None],
              "order": ["(A) x"], "anomaly_reco": ["B"], "topic_reasoning": ["The answer is (B)"]}
     texts = [texts[row["kind"]].pop(0) for row in rows]
     score = evaluation.score_mcq(texts, rows)

@@ -413,7 +413,9 @@ def test_placeholders_in_a_text_are_refused(tokenizer):
 def test_frame_tokens_limit_each_patch(tokenizer, folder, name, limits, tokens):
     """64×64 pixels are 4 tokens, 64×128 are 8; sides are rounded down to fit and up to reach (so 9 become 15)."""
     item = video(name, end=3, fps=2, frame_tokens=limits)
-    sample = Processor(tokenizer, CONFIG).encode([user(item)], folder)
+    processor = Processor(tokenizer, CONFIG)
+    sample = processor.encode([user(item)], folder)
+    assert processor.encode([user({**item, "frame_tokens": [1, 1]})], folder).grids.max() == 2       # not cached
     assert set((sample.grids.prod(1) // 4).tolist()) == {tokens}
     small = Processor(tokenizer, Config(**{**CONFIG.__dict__, "max_volume": 2048})).encode([user(item)], folder)
     assert torch.equal(small.grids, sample.grids)                              # whatever the limit of the whole video
