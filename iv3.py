@@ -1014,7 +1014,7 @@ def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpo
     layer = 4 * (4 * D + 2 * q + 2 * kv)                 # norms keep their input and its normal form, in fp32
     layer += e * (copies * D + latent + 2 * width * (1 + keys) + q + 4 * cfg.mlp)        # q, k, v, out: heads repeated
     layer += e * T                                       # the mask, as the kernel adds it to the scores
-    block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # of the tower, per vision token
+    block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # the tower, per vision token
     kept, kept_block = (4 * D, 4 * C) if checkpointing else (layer, block)
     tower = cfg.vision_layers * kept_block + e * 6 * (cfg.patch * cfg.merge) ** 2        # and the pixels
     mergers = (1 + len(cfg.deepstack)) * C * (4 + e * 3)
