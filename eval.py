@@ -865,6 +865,9 @@ def spec_of(choices, gqa, share):
     row = 2 * gqa.kv_heads * gqa.head_dim
     P = gqa.head_dim if share >= 0.5 or choices["slots"] == "uniform" else gqa.head_dim // 2
     R = int(share * row) - P
+    if R < 1:
+        raise UserError(f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
+                        f"{P / row:.2f} there is")
     choices = {k: v for k, v in choices.items() if k != "probe"}
     return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
 

@@ -18,9 +18,10 @@ import pickle
 import re
 import sys
 import time
+from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 
@@ -983,19 +984,32 @@ def find_model(argument=None):
     raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
 
 
-def estimate(name, memory):
-    """Yield lines: a preset or a model's directory in bf16, with GQA and with M²LA (its own, or as published: rows half
-    as wide as GQA's). Parameters, cache bytes of a token, and the tokens whose cache fits beside the weights into
-    `memory` GB (10⁹ bytes). Built on the meta device, which has shapes and no memory."""
+def estimate(name, memory, **training):
+    """Yield lines: a preset or a model's directory, with GQA and with M²LA (its own, or as published: rows half as wide
+    as GQA's), on `memory` GB (10⁹ bytes). To answer, in bf16: parameters, cache bytes of a token, and the tokens whose
+    cache fits beside the weights. To train: see `training_bytes`. Built on the meta device: shapes without memory."""
     path = Path(name) / "config.json"
     need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
     cfg = Config.preset(name) if name in PRESETS else Config.load(path)
     half = cfg.kv_heads * cfg.head_dim
     P = min(cfg.head_dim, half // 2)
     published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
+    kinds = replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg
+    if training:
+        settings = ", ".join(f"{k} {v}" for k, v in training.items() if v)
+        yield f"{name}, a training step in fp32 under bf16 autocast; GB, of {memory:g}; {settings}"
+        for kind in kinds:
+            with torch.device("meta"):
+                parts = partial(training_bytes, InternVideo3(kind, (0, 1)), **training)
+            if kind.attn == "gqa":
+                yield f"{'attention':<10}{''.join(f'{part:>13}' for part in (*parts(), 'total', 'longest seq'))}"
+            longest = bisect_right(range(2 ** 24), memory * 1e9, key=lambda T: sum(parts(seq=T).values())) - 1
+            gigabytes = (f"{size / 1e9:>13.2f}" for size in (*parts().values(), sum(parts().values())))
+            yield f"{kind.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
+        return
     yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
     yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
-    for kind in (replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg):
+    for kind in kinds:
         with torch.device("meta"):
             model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
         weights = sum(p.nbytes for p in model.parameters())
@@ -1004,6 +1018,42 @@ def estimate(name, memory):
         token = max(text, vision) - none                                     # of the wider segment
         context = max(0, int((memory * 1e9 - weights) // token))
         yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
+
+
+def training_bytes(model, seq, packs=1, checkpointing=False, freeze=(), muon=False):
+    """{part: bytes} of a step of train.py on one GPU, `packs` sequences of `seq` tokens in one forward."""
+    parts = {"vision": "visual.(blocks|patch_embed|pos_embed)", "projector": "visual.(merger|deepstack)"}
+    trained = {n: p for n, p in model.named_parameters() if not any(re.match(parts[part], n) for part in freeze)}
+    count, every = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+    matrices = sum(p.numel() for n, p in trained.items() if p.dim() == 2 and "embed" not in n) if muon else 0
+    saved, working = activation_bytes(model.cfg, seq, packs, checkpointing=checkpointing, freeze=freeze)
+    return {"weights": 4 * every, "bf16 copies": 2 * every, "gradients": 4 * count,
+            "optimizer": 8 * (count - matrices) + 4 * matrices, "activations": saved, "working": working}
+
+
+def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpointing=False, freeze=(), mixed=True):
+    """Bytes that autograd keeps of a training forward, and the most that is computed beside them at once. `packs`
+    sequences of T tokens, a share `vision` of them pixels; the queries of all blocks of a mask meet keys·T keys (2: a
+    prompt and its answers). mixed: bf16 autocast; then each linear layer has a copy of its input in 2 bytes. A test
+    holds it against what autograd keeps of a tiny model: within 5 %, as packed by train.py."""
+    e, copies = (2, 5) if mixed else (4, 2)              # bytes of a product's operand; copies of two norms' outputs
+    D, C = cfg.hidden, cfg.vision_hidden * cfg.merge ** 2
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    width, latent = q, 0
+    if cfg.attn != "gqa":
+        width += cfg.heads * cfg.rope_width
+        latent = q + 2 * kv + cfg.rope_width + sum(map(sum, cfg.ranks)) // cfg.layers
+    layer = 4 * (4 * D + 2 * q + 2 * kv)                 # norms keep their input and its normal form, in fp32
+    layer += e * (copies * D + latent + 2 * width * (1 + keys) + q + 4 * cfg.mlp)        # q, k, v, out: heads repeated
+    layer += e * T                                       # the mask, as the kernel adds it to the scores
+    block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # the tower, per vision token
+    kept, kept_block = (4 * D, 4 * C) if checkpointing else (layer, block)
+    tower = cfg.vision_layers * kept_block + e * 6 * (cfg.patch * cfg.merge) ** 2        # and the pixels
+    mergers = (1 + len(cfg.deepstack)) * C * (4 + e * 3)
+    pixels = tower * ("vision" not in freeze) + mergers * (not {"vision", "projector"} <= set(freeze))
+    saved = packs * (T * (cfg.layers * kept + 8 * D + vision * pixels) + answers * (4 * cfg.vocab + e * D))
+    one = max(T * max(layer, block) * checkpointing, answers * cfg.vocab * (8 + e))      # computed anew; or logits
+    return round(saved), round(packs * (one + T * T))                                    # T·T: the mask of bools
 
 
 def run_cli(main):
@@ -1031,11 +1081,21 @@ def main():
     add("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
     add("--estimate", metavar="PRESET", help="parameters, cache and largest context of a preset or a model's directory")
     add("--memory", type=float, default=80, help="GB of memory for --estimate (default 80)")
+    add = parser.add_argument_group("--estimate of a training step (train.py, one GPU)").add_argument
+    add("--train", action="store_true", help="weights, gradients, optimizer, activations, and the longest sequence")
+    add("--seq", type=int, default=8192, help="tokens of a pack, nearly all of them pixels (default 8192)")
+    add("--packs", type=int, default=1, help="packs in one forward (default 1)")
+    add("--checkpointing", action="store_true", help="keep each layer's input alone, compute the rest again")
+    add("--freeze", default="", help="parts that are not trained: vision,projector")
+    add("--muon", action="store_true", help="Muon for weight matrices: one moment, not AdamW's two")
     args = parser.parse_args()
-    need(min(args.fps, args.max_frames, args.max_new, args.memory) > 0,
-         "--fps, --max-frames, --max-new and --memory must be positive")
+    need(min(args.fps, args.max_frames, args.max_new, args.memory, args.seq, args.packs) > 0,
+         "--fps, --max-frames, --max-new, --memory, --seq and --packs must be positive")
+    freeze = tuple(part for part in args.freeze.split(",") if part)
+    need(set(freeze) <= {"vision", "projector"}, f"--freeze {args.freeze}: parts are vision, projector")
     if args.estimate:
-        print(*estimate(args.estimate, args.memory), sep="\n")
+        training = {k: getattr(args, k) for k in ("seq", "packs", "checkpointing", "muon")} | {"freeze": freeze}
+        print(*estimate(args.estimate, args.memory, **training if args.train else {}), sep="\n")
         return
     if args.question is None:
         parser.error("the following arguments are required: video, question")

@@ -3,6 +3,7 @@
     python train.py                                   # the whole recipe on the toy world, tiny, a laptop CPU is enough
     python train.py --stage sft --phase long          # one stage; it starts from the stage before it in --out
     python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
+    python train.py --stage cpt --init Qwen3-VL-2B-Instruct --data F.jsonl --out runs/mine     # Hugging Face's
 
 Reading order: recipe → data (rows → packs → batches) → losses → the loop and its checkpoints → the stages
 (supervised, conversion, GSPO, on-policy distillation) → the chain of stages.
@@ -43,9 +44,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import gather, once, rank, world
-from iv3 import (Encoded, MediaError, UserError, build_model, find_model, generate, load_model, load_rows, run_cli,
-                 save_model, write_atomic)
-from m2la import Blocks, Calibration, ConvertSpec, convert_layers
+from iv3 import (Encoded, MediaError, UserError, build_model, find_model, generate, load_model, load_rows, read_json,
+                 run_cli, save_model, write_atomic)
+from m2la import Blocks, Calibration, convert_layers
 
 TOY = Path(__file__).parent / "data" / "toy"
 
@@ -95,9 +96,13 @@ TINY = {
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
+# The paper's rates (§4; it names none for RL and OPD), for a model of more than 100 M parameters.
+LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0),
+         "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0), "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4)),
+         "opd": dict(lr=1e-6, lr_min=0.0)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
-# Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
-CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32), step=8)
+# --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
+FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", probe=False)
 
 
 # ------------------------------------------------------------------------------------- data: rows → packs → batches
@@ -224,6 +229,16 @@ class Data:
             self.groups[i] = root, [rows for rows in groups if rows]
         if not all(groups for _, groups in self.groups):
             raise UserError(f"--data: this stage needs rows of the tasks {', '.join(tasks)} in each file")
+
+    def hold_out(self, share=0.05):
+        """Take a share of the videos of each file out → [(rows, root)]: none where a file has one video only."""
+        out = []
+        for i, (root, groups) in enumerate(self.groups):
+            order = np.random.default_rng(self.seed[0]).permutation(len(groups))
+            count = min(math.ceil(share * len(groups)), len(groups) - 1)
+            out.append((sum([groups[k] for k in order[:count]], []), root))
+            self.groups[i] = root, [groups[k] for k in sorted(order[count:])]
+        return [(rows, root) for rows, root in out if rows]
 
     def step(self, step, packs, branches):
         """→ list of (rows, root): `packs` groups of up to `branches` rows about one video, this process's share."""
@@ -535,11 +550,13 @@ def train_supervised(trainer, data):
 
 
 @torch.no_grad()
-def convert(model, data, args, recipe, spec=CONVERT, steps=4):
+def convert(model, data, args, recipe, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
     damage that cutting it does to some more samples, rebuild the attention. → cached values, relative to GQA's"""
-    layers = model.language_model.layers
-    with Calibration([layer.self_attn for layer in layers]) as calibration:
+    layers, released = model.language_model.layers, args.attn == "released"
+    choices = {**evaluation.DEFAULT, **(FOLDABLE if released else {})}
+    spec = evaluation.spec_of(choices, layers[0].self_attn, args.cache_share)
+    with Calibration([layer.self_attn for layer in layers], raw=released) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
             for batch in data.batches(step, replace(recipe, packs=32)):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
@@ -549,10 +566,14 @@ def convert(model, data, args, recipe, spec=CONVERT, steps=4):
         for tensor in vars(moments).values():
             dist.all_reduce(tensor)
     samples = [samples for rows, root in data.step(steps, 32, 8) if (samples := data.encode(rows, root))]
+    sizes = np.cumsum([sum(int(s.answer.sum()) for s in some) for some in samples]) * model.cfg.vocab
+    samples = samples[:max(1, int((sizes <= 2 ** 27).sum()))]              # half a GB of log-probabilities is kept
     own_damage = evaluation.divergence(model, samples)
     spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
-    model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=ranks)
+    model.cfg = replace(model.cfg, attn=args.attn, rope_width=spec.rope_width, ranks=ranks)
+    for layer in layers if released else ():
+        layer.self_attn = layer.self_attn.fold()
     return evaluation.cache_ratio(spec, calibration.modules, calibration.moments[0].count.tolist())
 
 
@@ -700,7 +721,7 @@ def train_opd(trainer, data, teacher_dir, replay=None):
     span has more tokens than the name of a colour, and more nats on each (it cost 4 points of multiple choice)."""
     r = trainer.recipe
     teacher, processor = load_model(teacher_dir, trainer.args.device)
-    if processor.tokenizer.tokens != trainer.tokenizer.tokens:
+    if (processor.tokenizer.tokens, teacher.cfg.vocab) != (trainer.tokenizer.tokens, trainer.model.cfg.vocab):
         raise UserError(f"--teacher {teacher_dir}: its vocabulary differs from the student's; OPD compares by token")
     teacher.requires_grad_(False)
 
@@ -753,45 +774,53 @@ def chunked(items, size):
 
 # ------------------------------------------------------------------------------------------------- chain and command
 
-def recipe_of(stage, args):
-    """The stage's recipe with the command's overrides."""
-    recipe = TINY[stage]
+def recipe_of(stage, args, parameters):
+    """The stage's recipe with the command's overrides, for a model of so many parameters."""
+    recipe, changes = TINY[stage], dict(LARGE[stage]) if parameters > 1e8 else {}
     flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
-    changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    changes |= {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.data:
         changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
     return replace(recipe, **changes)
 
 
+def converted_as(start, args):
+    """What the conversion of `start` leaves in convert/stage.json beside its figures."""
+    return {"inherits": str(start), "attn": args.attn, "cache_share": args.cache_share}
+
+
 def start_of(stage, args):
-    """The checkpoint a stage begins with: --init, or the one that the stage before left in --out."""
-    if args.init:
-        return find_model(args.init)
-    previous = PREVIOUS[stage]
-    if stage == "cpt" and args.attn == "m2la" and (args.out / "convert" / "config.json").is_file():
-        previous = "convert"
-    if not (args.out / previous / "config.json").is_file():
-        raise UserError(f"{args.out}: has no finished '{previous}' for '{stage}'; run it first or give --init DIR")
-    return args.out / previous
+    """The checkpoint a stage begins with: --init, or the one that the stage before left in --out. CPT does not convert
+    again what it has converted."""
+    start, record = find_model(args.init) if args.init else args.out / PREVIOUS[stage], args.out / "convert/stage.json"
+    if not (start / "config.json").is_file():
+        raise UserError(f"{args.out}: has no finished '{start.name}' for '{stage}'; run it first or give --init DIR")
+    if stage == "cpt" and record.is_file() and converted_as(start, args).items() <= read_json(record).items():
+        return record.parent
+    return start
 
 
 def run_stage(stage, args):
     """Train one stage and leave its checkpoint in --out/<stage>."""
-    recipe = recipe_of(stage, args)
-    if recipe.packs < world():
-        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
     start = start_of(stage, args)
     model, processor = load_model(start, args.device)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{stage}: starts from {start} ({model.cfg.attn}, {size:.2f} M parameters)")
+    size = sum(p.numel() for p in model.parameters())
+    recipe = recipe_of(stage, args, size)
+    if recipe.packs < world():
+        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
+    print(f"{stage}: starts from {start} ({model.cfg.attn}, {size / 1e6:.2f} M parameters)")
 
-    if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
-        convert_stage(model, processor, args)
+    stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
+    held = held_out(args, stage_data) if stage == "cpt" else []
+    converts = stage == "cpt" and model.cfg.attn == "gqa" != args.attn
+    before = loss_on(model, processor, held) if held and (converts or args.data) else None
+    if converts:
+        convert_stage(model, processor, args, start, stage_data, held, before)
+        start = args.out / "convert"
     elif model.cfg.attn != args.attn:
         kind = model.cfg.attn
         raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
     trainer = Trainer(model, processor, recipe, stage, args, start)
-    stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         stage_data.only(("mcq", "grounding"))
     if stage == "rl":
@@ -802,22 +831,36 @@ def run_stage(stage, args):
         train_opd(trainer, stage_data, teacher, replay)
     else:
         train_supervised(trainer, stage_data)
+    if held and args.data:
+        print(f"{stage}: held-out loss {before:.4f} → {loss_on(model, processor, held):.4f} nats")
     if stage_data.skipped:
         count, first = sum(stage_data.skipped.values()), next(iter(stage_data.skipped))
         print(f"{stage}: skipped {count} draws of unreadable videos; first: {first}")
     return model, processor
 
 
-def convert_stage(model, processor, args):
-    """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
-    data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
-    rows = load_rows(args.data_dir / "val.jsonl")
+def held_out(args, data):
+    """[(rows, root)] that CPT does not see: of --val, of the toy's val.jsonl, or one video in twenty of --data."""
+    if args.data and not args.val:
+        return data.hold_out()
+    path = args.val or args.data_dir / "val.jsonl"
+    return [(load_rows(path), path.parent)]
 
-    def held_out():
-        return evaluation.held_out_loss(model, processor, rows, args.data_dir)[0]
-    before = held_out()
+
+def loss_on(model, processor, held):
+    tables = [evaluation.held_out_loss(model, processor, rows, root)[1] for rows, root in held]
+    nats, tokens = np.concatenate(tables).sum(0)
+    return float(nats / max(1.0, tokens))
+
+
+def convert_stage(model, processor, args, start, data, held, before):
+    """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
+    if not held:
+        raise UserError("--data: holds one video only, none can be held out to measure the conversion; give --val")
+    if not args.data:
+        data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
     ratio = convert(model, data, args, TINY["cpt"])
-    after = held_out()
+    after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
           f"held-out loss {before:.4f} → {after:.4f} nats")
     if not after < before + args.max_damage:
@@ -826,7 +869,8 @@ def convert_stage(model, processor, args):
 
     def leave():
         save_model(args.out / "convert", model, processor.tokenizer)
-        (args.out / "convert" / "stage.json").write_text(json.dumps({"cache_ratio": ratio}))
+        record = {"cache_ratio": ratio, **converted_as(start, args)}
+        write_atomic(args.out / "convert" / "stage.json", lambda p: p.write_text(json.dumps(record)))
     once(leave)
 
 
@@ -917,13 +961,17 @@ def main():
     add = parser.add_argument_group("what to run").add_argument
     add("--stage", choices=["cpt", "sft", "rl", "opd"], help="one stage; without it the whole recipe, tiny")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
-    add("--attn", choices=["m2la", "gqa"], default="m2la", help="attention; gqa: without conversion")
+    add("--attn", choices=["m2la", "gqa", "released"], default="m2la",
+        help="attention; gqa: without conversion; released: the authors' linear layer, which save_hf can write")
     add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a directory per stage, metrics, results")
-    add("--init", help="start from this checkpoint directory instead of the stage before in --out")
+    add("--init", help="start from this checkpoint directory, ours or Hugging Face's, instead of the stage before in "
+                       "--out")
     add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
     add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
+    add("--val", type=Path, metavar="F.jsonl", help="cpt: measure the loss on this file (default: the toy's val.jsonl, "
+                                                   "or one video in twenty of --data, which is not trained on)")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
     add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
     add = parser.add_argument_group("training").add_argument
@@ -934,6 +982,7 @@ def main():
     add("--branches", type=int, help="questions per video")
     add("--tokens", type=int, help="padded tokens of one forward; a larger step is accumulated")
     add("--freeze", default="", help="parts that are not trained: vision,projector")
+    add("--cache-share", type=float, default=0.5, help="conversion: cache bytes that are left of GQA's (default 0.5)")
     add("--max-damage", type=float, default=0.3, help="conversion: largest rise of the held-out loss, nats")
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=int, default=0)
@@ -949,6 +998,8 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: must be between 0 and 1")
+    if not 0 < args.cache_share < 1:
+        raise UserError(f"--cache-share {args.cache_share}: must be between 0 and 1")
     args.freeze = [part for part in args.freeze.split(",") if part]
     if set(args.freeze) - {"vision", "projector"}:
         raise UserError(f"--freeze {','.join(args.freeze)}: parts are vision, projector")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import iv3
+import train
 from iv3 import Config, MediaError, Processor, Tokenizer, UserError, generate, load_rows, read_video, target_size
 
 PIECES = ["user\n", "assistant\n", "What colour", " is the", " shape", "?", "red", "red circle", " seconds", "answer"]
@@ -126,6 +127,70 @@ def test_estimate_of_a_converted_model(tmp_path):
     lines = list(iv3.estimate(str(tmp_path), 1e-6))
     assert lines[3].split()[0] == "m2la" and lines[3].split()[3:] == [str(2 * (24 + 16 + 20 + 3 * 16)), "0"]
     assert lines[2].split()[3] == str(2 * 3 * 2 * 2 * 16)
+
+
+def kept_by_autograd(model, batch, monkeypatch):
+    """Bytes of the tensors that the forward of a training step keeps for its backward, weights and batch left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *batch.values()) if torch.is_tensor(t)}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor                   # alive, or another would get its address
+        return tensor
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, /, **k: checkpoint(f, keep(x), **k))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, token, _ = train.answer_logits(model, batch)
+        torch.nn.functional.cross_entropy(logits, token)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in known)
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": ("vision", "projector")},
+                                     {"freeze": ("vision", "projector"), "checkpointing": True}], ids=str)
+@pytest.mark.parametrize("attn", ["gqa", "m2la"])
+def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokenizer, folder, monkeypatch):
+    cfg = replace(LATENT if attn == "m2la" else UNTIED, layers=4, hidden=64, ranks=((24, 16), (16, 24)) * 2)
+    model, processor = random_model(cfg, tokenizer).train(), Processor(tokenizer, cfg)
+    if "freeze" in options:
+        model.visual.requires_grad_(False)
+    model.checkpointing = "checkpointing" in options
+    sample = processor.encode([user(video("wide.mp4"), video("ramp.mp4"), "What colour is the shape? " * 4),
+                               {"role": "assistant", "content": "red circle " * 30}], folder)
+    batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)
+    T, blocks = len(sample.ids), batch["mask"].blocks
+    saved, _ = iv3.activation_bytes(cfg, T, 2, sum(head + stop - low for _, stop, head, low in blocks) / T,
+                                    int(sample.answer.sum()), int(sample.grids.prod(1).sum()) / 4 / T, mixed=False,
+                                    **options)
+    assert saved == pytest.approx(kept_by_autograd(model, batch, monkeypatch), rel=0.05)
+
+
+def test_training_bytes_by_hand():
+    """2B: 2,127,532,032 weights; the tower has 305 M of them, four mergers 101 M, matrices outside embeddings and tower
+    28 · (2·2048² + 2·2048·1024 + 3·2048·6144)."""
+    with torch.device("meta"):
+        model = iv3.InternVideo3(Config.preset("qwen3-vl-2b"), (1, 2))
+    n, matrices = 2_127_532_032, 28 * (2 * 2048 ** 2 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
+    visual = sum(p.numel() for p in model.visual.parameters())
+    parts = iv3.training_bytes(model, 100)
+    assert [parts[k] for k in ("weights", "bf16 copies", "gradients", "optimizer")] == [4 * n, 2 * n, 4 * n, 8 * n]
+    parts = iv3.training_bytes(model, 100, muon=True, freeze=("vision", "projector"))
+    assert (parts["weights"], parts["gradients"]) == (4 * n, 4 * (n - visual))
+    assert parts["optimizer"] == 8 * (n - visual) - 4 * matrices
+    assert iv3.training_bytes(model, 100, freeze=("projector",))["gradients"] == 4 * (
+        n - sum(p.numel() for m in (model.visual.merger, model.visual.deepstack_merger_list) for p in m.parameters()))
+    for plain, again in ((iv3.training_bytes(model, 9000, checkpointing=c) for c in (False, True)),):
+        assert again["activations"] < plain["activations"] / 8 and again["working"] > plain["working"]
+
+
+def test_the_longest_sequence_is_the_last_that_fits():
+    how = dict(packs=2, checkpointing=True)
+    gqa, m2la = (line.replace(",", "").split() for line in list(iv3.estimate("small", 8, seq=64, **how))[2:])
+    with torch.device("meta"):
+        model = iv3.InternVideo3(Config.preset("small"), (1, 2))
+    below, above = (sum(iv3.training_bytes(model, int(gqa[-1]) + more, **how).values()) for more in (0, 1))
+    assert below <= 8e9 < above and int(m2la[-1]) < int(gqa[-1])
+    assert float(gqa[-2]) == round(sum(iv3.training_bytes(model, 64, **how).values()) / 1e9, 2)
+    assert list(iv3.estimate("small", 0.1, seq=64))[2].split()[-1] == "0"
 
 
 @pytest.mark.parametrize("changes, named", [
