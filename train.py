@@ -932,6 +932,7 @@ def whole_recipe(args):
     evaluation.print_table(results)
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
+    once(lambda: print(evaluation.report_line(args.out)))
 
 
 def assemble(scores, gap_kinds, args):

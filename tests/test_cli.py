@@ -206,9 +206,11 @@ def test_two_processes_do_what_one_does(command, world):
         scores[jobs] = []
         for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
             code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 10, "--max-new", 4,
-                                   *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json")
+                                   *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json", "--out",
+                                   f"{file}{jobs}.jsonl")
             assert code == 0, err
-            scores[jobs].append(json.loads((world / "by.json").read_text()))
+            samples = [json.loads(line) for line in (world / f"{file}{jobs}.jsonl").open()]
+            scores[jobs].append([json.loads((world / "by.json").read_text()), [{**x, "ms": 0} for x in samples]])
     assert losses[1][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[1][1] == losses[2][1]
     assert scores[1] == scores[2]
 
@@ -248,6 +250,8 @@ def test_the_whole_recipe_from_one_command(command, world):
     assert 0.45 < results["convert"]["cache_ratio"] <= 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
     for evidence in ("unseen", "seen"):
         assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
+    assert out.endswith("whole/report.html and report.md written\n")
+    assert (world / "whole" / "report.html").read_text().count("data:image/png") >= 5 * 6
     weights = (world / "whole" / "opd" / "weights.pt").read_bytes()
     code, again, err = command(world, *arguments)
     table, same = (text.partition("\nS: ")[2].partition("whole/results.json")[0] for text in (out, again))
