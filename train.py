@@ -33,6 +33,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import gather, once, rank, world
-from iv3 import (Encoded, MediaError, UserError, build_model, find_model, generate, load_model, load_rows, run_cli,
-                 save_model, write_atomic)
+from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
+                 load_model, load_rows, need, run_cli, save_model, write_atomic)
 from m2la import Blocks, Calibration, ConvertSpec, convert_layers
 
 TOY = Path(__file__).parent / "data" / "toy"
@@ -390,7 +391,6 @@ class Trainer:
         self.tokenizer = processor.tokenizer
         self.settings = repr((recipe, args.seed, str(inherits)))           # a resumed run must have the same
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
-        self.directory.mkdir(parents=True, exist_ok=True)
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),
                  "projector": (model.visual.merger, model.visual.deepstack_merger_list)}
@@ -458,6 +458,7 @@ class Trainer:
     def fit(self, step_of, finish=lambda: None):
         """Run step_of(step) → dict of figures ("loss" and "tokens" among them) for every step; finish(); save."""
         state_file, first, seen = self.directory / "state.pt", 0, 0
+        self.directory.mkdir(parents=True, exist_ok=True)
         if state_file.is_file():
             state = torch.load(state_file, map_location=self.args.device, weights_only=True)
             if state["settings"] != self.settings:
@@ -604,6 +605,7 @@ def keep_rows(trainer, data, rule):
         if not kept["keep"]:
             raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is "
                             "too weak or too strong for this data")
+        trainer.directory.mkdir(parents=True, exist_ok=True)
         once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(kept))))
     kept = json.loads(path.read_text())
     ids = set(kept["keep"])
@@ -775,6 +777,85 @@ def start_of(stage, args):
     return args.out / previous
 
 
+def data_of(trainer, processor):
+    """The stage's own data."""
+    recipe, args, stage = trainer.recipe, trainer.args, trainer.stage
+    data = Data(args.data_dir, recipe.mix, processor, trainer.model.vision_ids, args.seed, stage, recipe.steps)
+    if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
+        data.only(("mcq", "grounding"))
+    return data
+
+
+COLOURS = {"vision": "\033[36m{}\033[0m", "prompt": "\033[2m{}\033[0m", "loss": "\033[1;32m{}\033[0m"}
+BRACKETS = {"vision": "{}", "prompt": "{}", "loss": "[[{}]]"}
+
+
+def show_samples(stage, args):
+    """--show-sample N: the first N packs of the stage, token by token as the model reads them, the tokens of the loss
+    marked. RL and OPD learn from their own answers: here those that the start samples for the data before its filter.
+    Writes no file; for supervised stages the weights are not even read."""
+    recipe, start, on_policy = recipe_of(stage, args), start_of(stage, args), stage in ("rl", "opd")
+    if on_policy:
+        model, processor = load_model(start, args.device)
+    else:
+        processor = Processor(Tokenizer.load(start), Config.load(start / "config.json"))
+        with torch.device("meta"):
+            model = build_model(processor.cfg, processor.tokenizer)
+    trainer = Trainer(model, processor, recipe, stage, args, start)
+    data, left, group = data_of(trainer, processor), args.show_sample, recipe.group if stage == "rl" else 1
+    marks = COLOURS if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else BRACKETS
+    print(f"{stage}: {marks['loss'].format('in the loss')} {marks['prompt'].format('prompt')} "
+          f"{marks['vision'].format('<n vision>')}")
+    for step in range(recipe.steps):
+        for rows, root in data.step(step, recipe.packs, recipe.branches):
+            samples = left and data.encode(rows, root)
+            if not samples:                              # no more wanted, or unreadable
+                continue
+            if on_policy:
+                rows, prompts, outs, _ = rollout(trainer, data, [(rows, root)], group, trainer.generator(step),
+                                                 recipe.temperature)
+                samples = [complete(prompts[i // group], out.ids) for i, out in enumerate(outs)]
+            pack, media = data.pack(rows, samples, root, group), first_media(rows[0])
+            length = torch.bincount(pack.sample[pack.answer])
+            power = 1 if on_policy else {"mean": 0, "square": 0.5}[recipe.reduction]
+            notes = [f"weight {m ** -power:.3f} a token" for m in length.tolist()]
+            if stage == "rl":
+                rewards = torch.tensor([evaluation.reward(o.text(processor.tokenizer), rows[i // group])
+                                        for i, o in enumerate(outs)])
+                notes = [f"{note}, reward {r:.2f}, advantage {a:+.2f}"
+                         for note, r, a in zip(notes, rewards, advantages(rewards, group))]
+            text = f"{media[media['type']]}" if media else "text alone"
+            print(f"\n=== {plain(text)}: {len(samples)} conversations, {len(pack.ids)} tokens "
+                  f"({sum(len(s.ids) for s in samples)} if not packed), {int(pack.answer.sum())} in the loss")
+            print_pack(pack, processor.tokenizer, model.vision_ids, marks,
+                       [f"{plain(rows[i // group]['id'])}: {note}" for i, note in enumerate(notes)])
+            left -= 1
+        if not left:
+            return
+    raise UserError(f"{stage}: only {args.show_sample - left} readable samples; {next(iter(data.skipped), '')}")
+
+
+def plain(text):
+    """Text of a data file, or of a model, for a terminal: nothing in it commands the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def print_pack(pack, tokenizer, vision_ids, marks, notes):
+    """One pack as the tree that it is: what is shared, then each branch, indented under what it continues."""
+    kinds = np.where(pack.answer, "loss", np.where(torch.isin(pack.ids, torch.tensor(vision_ids)), "vision", "prompt"))
+    for branch in pack.branch.unique().tolist():
+        at = (pack.branch == branch).nonzero()[:, 0].tolist()
+        conversation, depth = int(pack.sample[at[0]]), (branch > 0) + int(pack.parent[at[0]] > 0)
+        what = "shared" if conversation < 0 else f"{conversation + 1}. {notes[conversation]}"
+        bar, text = "│  " * depth, ""
+        print(f"{bar[3:]}{'├─ ' * (depth > 0)}{what}; {len(at)} tokens, {int(pack.answer[at].sum())} in the loss")
+        for kind, run in groupby(at, kinds.__getitem__):
+            ids = pack.ids[list(run)].tolist()
+            words = f"<{len(ids)} vision>" if kind == "vision" else plain(tokenizer.decode(ids))
+            text += "\n".join(marks[kind].format(line) if line else "" for line in words.split("\n"))
+        print(*(bar + line for line in text.split("\n")), sep="\n")
+
+
 def run_stage(stage, args):
     """Train one stage and leave its checkpoint in --out/<stage>."""
     recipe = recipe_of(stage, args)
@@ -791,9 +872,7 @@ def run_stage(stage, args):
         kind = model.cfg.attn
         raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
     trainer = Trainer(model, processor, recipe, stage, args, start)
-    stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
-    if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
-        stage_data.only(("mcq", "grounding"))
+    stage_data = data_of(trainer, processor)
     if stage == "rl":
         train_rl(trainer, stage_data)
     elif stage == "opd":
@@ -921,6 +1000,7 @@ def main():
     add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a directory per stage, metrics, results")
     add("--init", help="start from this checkpoint directory instead of the stage before in --out")
     add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
+    add("--show-sample", type=int, metavar="N", help="print N packed samples of the stage, the loss mask marked; exit")
     add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
@@ -943,7 +1023,8 @@ def main():
                                  "there `torchrun --nproc_per_node=N train.py` starts them)")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
-    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
+    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed",
+                 "show_sample"):
         least = 0 if name in ("muon", "workers", "save_every", "seed") else 1
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
@@ -957,12 +1038,16 @@ def main():
     args.data_dir = args.data_dir or args.out / "data"
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    stage = f"sft_{args.phase}" if args.stage == "sft" else args.stage
+    if args.show_sample:
+        need(stage, "--show-sample: needs --stage")
+        return show_samples(stage, args)
     args.out.mkdir(parents=True, exist_ok=True)
     evaluation.join_processes(args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1), args.device)
-    if args.stage is None:
+    if stage is None:
         whole_recipe(args)
     else:
-        run_stage(f"sft_{args.phase}" if args.stage == "sft" else args.stage, args)
+        run_stage(stage, args)
 
 
 if __name__ == "__main__":

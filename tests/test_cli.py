@@ -1,6 +1,7 @@
 """The commands as a user runs them: help, mistakes (one line, exit code 2, nothing left behind), a first small run."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import iv3
 
 ROOT = Path(__file__).parents[1]
 FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py",
@@ -126,6 +129,7 @@ MISTAKES = [
     (["train.py", "--stage", "cpt", "--init", "absent", *TRAIN], "absent: no model found"),
     (["train.py", "--stage", "cpt", "--attn", "gqa", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
     (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
+    (["train.py", "--show-sample", "2"], "--show-sample: needs --stage"),
     (["train.py", "--freeze", "all"], "--freeze all"),
     (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
     (["data/toy/prepare.py", "--out", "data", "--seed", "1"], "data/done.json"),
@@ -191,6 +195,38 @@ def test_scoring_a_file(command, world):
                              "--json", "scores.json")
     assert code == 0 and out, err
     assert json.loads((world / "scores.json").read_text())
+
+
+def show_sample(command, world, *flags):
+    before = files(world)
+    code, out, err = command(world, "train.py", "--attn", "gqa", "--init", "runs/tiny/base", "--data-dir", "data",
+                             *flags)
+    assert code == 0 and err == "" and files(world) == before, err
+    return out
+
+
+def test_the_loss_mask_of_own_rows_can_be_seen(command, world):
+    """All that an assistant writes, in any turn, its end of turn included, and nothing else; no escape codes run."""
+    video = {"type": "video", "video": VIDEO, "start": 0, "end": 4, "fps": 1}
+    turns = [("user", [video, {"type": "text", "text": "Look."}]), ("assistant", "<think>\nred</think>\ncall"),
+             ("tool", "square"), ("assistant", "a square\x1b[31m")]
+    row = {"id": "mine", "task": "mcr", "messages": [{"role": role, "content": content} for role, content in turns]}
+    (world / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    out = show_sample(command, world, "--stage", "sft", "--data", "mine.jsonl", "--show-sample", 1)
+    (world / "mine.jsonl").unlink()
+    body = re.sub("^│  ", "", out.partition("in the loss\n")[2], flags=re.M)
+    marked = re.findall(r"\[\[(.*)\]\]$", body, flags=re.M)
+    assert marked == ["<think>", "red</think>", "call<|im_end|>", r"a square\x1b[31m<|im_end|>"]
+    assert body.count("<1 vision>") == 2 and "\x1b" not in out and "mine: weight " in out
+    tokenizer = iv3.Tokenizer.load(world / "runs" / "tiny" / "base")
+    count = len(tokenizer.encode("<think>\nred</think>\ncall<|im_end|>a square\x1b[31m<|im_end|>"))
+    assert f"{count} in the loss\n" in out and f"weight {count ** -0.5:.3f} a token" in out
+
+
+def test_the_samples_of_rl_are_a_tree_with_rewards(command, world):
+    out = show_sample(command, world, "--stage", "rl", "--branches", 2, "--show-sample", 2)
+    assert out.count("\n===") == 2 and out.count("\n├─ shared") >= 3
+    assert len(re.findall(r"\n│  ├─ \d+\. rl-.*, reward \d.\d\d, advantage [+-]", out)) == 8 * out.count("\n├─ shared")
 
 
 def test_two_processes_do_what_one_does(command, world):
