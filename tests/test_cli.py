@@ -1,7 +1,9 @@
 """The commands as a user runs them: help, mistakes (one line, exit code 2, nothing left behind), a first small run."""
 import json
 import os
+import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -46,22 +48,26 @@ for line in sys.stdin:
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
+    print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """command(cwd, "iv3.py", "--help") → exit code, stdout, stderr"""
+    """command(cwd, "iv3.py", "--help") → exit code, stdout, stderr; kill: SIGKILL after seconds"""
     logs = tmp_path_factory.mktemp("logs")
     server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=ENV)
 
-    def call(cwd, file, *arguments):
+    def call(cwd, file, *arguments, kill=None):
         job = {"cwd": str(cwd), "argv": [str(ROOT / file), *map(str, arguments)], "stdout": str(logs / "out"),
                "stderr": str(logs / "err")}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
+        pid = int(server.stdout.readline())
+        if kill is not None and not select.select([server.stdout], [], [], kill)[0]:
+            os.kill(pid, signal.SIGKILL)
         code = int(server.stdout.readline())
         return code, (logs / "out").read_text(), (logs / "err").read_text()
     yield call
@@ -131,6 +137,11 @@ MISTAKES = [
     (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
     (["train.py", "--show-sample", "2"], "--show-sample: needs --stage"),
     (["train.py", "--freeze", "all"], "--freeze all"),
+    (["train.py", "--teacher-device", "cuda:99"], "--teacher-device cuda:99"),
+    (["train.py", "--val", "bad.jsonl"], "--val: needs --eval-every"),
+    (["train.py", "--stage", "cpt", "--eval-every", "1", *TRAIN, "--data-dir", "empty"], "empty/val.jsonl: no such"),
+    (["train.py", "--stage", "rl", "--fsdp"], "--fsdp: for --stage cpt or sft"),
+    (["train.py", "--stage", "cpt", "--fsdp", *TRAIN], "--fsdp: needs several processes"),
     (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
     (["data/toy/prepare.py", "--out", "data", "--seed", "1"], "data/done.json"),
     (["data/toy/pretrain.py", "--out", "empty/e", "--clips", "-1"], "--pretrain -1"),
@@ -267,6 +278,30 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     again = subprocess.run(arguments, cwd=world, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming at step" in again.stdout
     assert [json.loads(x)["step"] for x in metrics.open()] == list(range(60))
+
+
+@pytest.mark.parametrize("stage", ["cpt", "sft", "rl", "opd"])
+def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
+    """At a random one of those that an unbroken run has; what the next run leaves is equal to what that one left."""
+    shipped = ROOT / "data" / "toy" / "weights"
+    arguments = ["train.py", "--stage", stage, "--data-dir", world / "data", "--steps", 3, "--packs", 2, "--jobs", 1,
+                 "--branches", 2, "--save-every", 0, "--attn", "gqa", "--teacher", shipped / "teacher", "--init",
+                 shipped / ("teacher" if stage == "rl" else "base"), "--kl", "sampled", "--teacher-device",
+                 "cpu", "--out"]
+
+    def weights_and_metrics(out):
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.name in ("weights.pt", "metrics.jsonl")}
+    began = time.monotonic()
+    code, _, err = command(tmp_path, *arguments, "whole")
+    seconds = time.monotonic() - began
+    assert code == 0, err
+    moment = random.uniform(0.2, 0.95) * seconds
+    killed, *_ = command(tmp_path, *arguments, "killed", kill=moment)
+    code, _, err = command(tmp_path, *arguments, "killed")
+    assert code == 0 and killed in (-signal.SIGKILL, 0), err                 # 0: it was faster this time
+    whole, again = (weights_and_metrics(tmp_path / out) for out in ("whole", "killed"))
+    assert len(whole) == 2 and whole == again, f"killed after {moment:.2f} of {seconds:.2f} s"
+    assert not list(tmp_path.rglob("state.pt"))
 
 
 def test_the_whole_recipe_from_one_command(command, world):
