@@ -198,6 +198,13 @@ PRESETS = {
 }
 
 
+def run_block(block, recompute, *args, **kwargs):
+    """block(...); `recompute` keeps none of its activations for the backward pass, which computes them again."""
+    if not recompute:
+        return block(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 # ----------------------------------------------------------------------------------------------------- vision tower
 def block_order(grid, merge):
     """Patches in the order of the tower: blocks of merge×merge, row-major inside a block. (h, w, C) → (h·w, C)"""
@@ -246,6 +253,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_layers))
         self.merger = Merger(cfg)
         self.deepstack_merger_list = nn.ModuleList(Merger(cfg, post=True) for _ in cfg.deepstack)
+        self.checkpointing = False
 
     def position_embedding(self, h, w):
         """The learned pos_side×pos_side table, interpolated to h×w, in the tower's order. → (h·w, Dv)"""
@@ -268,7 +276,7 @@ class VisionTower(nn.Module):
         cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
+            x = run_block(block, self.checkpointing and self.training, x, cos, sin)
             if i in self.cfg.deepstack:
                 deep.append(self.deepstack_merger_list[self.cfg.deepstack.index(i)](x))
         return [self.merger(x), *deep]
@@ -382,10 +390,7 @@ class InternVideo3(nn.Module):
     def run_layers(self, x, deep, **attention):
         """The decoder on embedded tokens; deep: what is added after the first layers, each (B,T,D)."""
         for i, layer in enumerate(self.language_model.layers):
-            if self.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, layer=i, **attention)
-            else:
-                x = layer(x, layer=i, **attention)
+            x = run_block(layer, self.checkpointing and self.training, x, layer=i, **attention)
             if i < len(deep):
                 x = x + deep[i]
         return self.language_model.norm(x)
@@ -897,12 +902,14 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def save_model(directory, model, tokenizer, half=False):
-    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository)."""
+def save_model(directory, model, tokenizer, half=False, state=None):
+    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository).
+    `state`: the whole state_dict of a model that is spread over processes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
-    state = {k: (v.half() if half and v.is_floating_point() else v).cpu() for k, v in model.state_dict().items()}
+    state = {k: (v.half() if half and v.is_floating_point() else v).cpu()
+             for k, v in (state or model.state_dict()).items()}
     write_atomic(directory / "weights.pt", lambda p: torch.save(state, p))
     write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(asdict(model.cfg), indent=1)))
 
