@@ -21,6 +21,7 @@ Where this differs from the paper, and why:
  6. With several processes each step is shared by hand: gradients are summed after the backward pass.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -537,7 +538,8 @@ def train_supervised(trainer, data):
 @torch.no_grad()
 def convert(model, data, args, recipe, spec=CONVERT, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
-    damage that cutting it does to some more samples, rebuild the attention. → cached values, relative to GQA's"""
+    damage that cutting it does to some more samples, rebuild the attention; heal it on others if that is not enough
+    (`ConvertSpec.tolerance`). → cached values, relative to GQA's"""
     layers = model.language_model.layers
     with Calibration([layer.self_attn for layer in layers]) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
@@ -550,7 +552,13 @@ def convert(model, data, args, recipe, spec=CONVERT, steps=4):
             dist.all_reduce(tensor)
     samples = [samples for rows, root in data.step(steps, 32, 8) if (samples := data.encode(rows, root))]
     own_damage = evaluation.divergence(model, samples)
-    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
+
+    def batches():                                                       # drawn only if they are needed
+        for step in itertools.count(steps + 1):
+            if batch := sum((data.encode(*drawn) or [] for drawn in data.step(step, 2 * world(), 8)), []):
+                yield batch
+    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))),
+                          lambda batch: evaluation.answer_logp(model, batch), batches())
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
     model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=ranks)
     return evaluation.cache_ratio(spec, calibration.modules, calibration.moments[0].count.tolist())
