@@ -911,6 +911,7 @@ class ConversionBench:
                 calibration.valid = batch["valid"]
                 model(**batch)
         self.moments, self.damage, self.batches = calibration.moments, divergence(model, batches[::10]), batches
+        self.predict = functools.partial(answer_logp, model)
         self.rows = iv3.load_rows(root / "val.jsonl")
         self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
         self.base = self.loss()
@@ -933,7 +934,7 @@ class ConversionBench:
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
         order = np.random.default_rng(0).permutation(len(self.batches))               # they are sorted by length
-        spec = convert_layers(self.layers, self.moments, spec, self.damage, lambda batch: answer_logp(self.model, batch),
+        spec = convert_layers(self.layers, self.moments, spec, self.damage, self.predict,
                               itertools.cycle(self.batches[i] for i in order))
         seconds = time.perf_counter() - start
         change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]

@@ -15,7 +15,8 @@ shared decoder gains nothing on an optimal latent.
 import copy
 import itertools
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -549,27 +550,26 @@ class ConvertSpec:
     """What a GQA layer becomes. Defaults are the best measured choices; the others are there to compare."""
     rope_width: int                      # P, even; 2 values per complex slot
     ranks: tuple                         # (R_text, R_vision), or one such pair per layer
-    qk_norm: str = "exact"               # "exact" | "affine", "const": the paper's Global-Norm-Linear (§3.2.3)
-    rope_basis: str = "unitary"  # "unitary" | "real": matrices across heads at one frequency (TransMLA: real)
-    slots: str = "realloc"         # "realloc" | "uniform": as many for each frequency, the keys' energy decides
-    gain: bool = True                    # content channels get the mean turn that RoPE would have given them
-    metric: str = "qa"             # "qa" (queries and W_o) | "balance" (K against V) | "identity" (plain PCA)
-    modality: str = "segments"           # "segments" | "adapters", "shared": one basis, with or without adapters
-    budget: str = "measured"     # how ranks are dealt out: "measured" (without `damage`: energy) | "energy" | "uniform"
+    qk_norm: Literal["exact", "affine", "const"] = "exact"       # not exact: Global-Norm-Linear (§3.2.3)
+    rope_basis: Literal["unitary", "real"] = "unitary"           # matrices across heads at one frequency
+    slots: Literal["realloc", "uniform"] = "realloc"             # uniform: as many for each frequency
+    gain: Literal[True, False] = True            # content channels get the mean turn that RoPE would have given them
+    metric: Literal["qa", "balance", "identity"] = "qa"          # queries and W_o | K against V | plain PCA
+    modality: Literal["segments", "adapters", "shared"] = "segments"     # the last two: one basis for both
+    budget: Literal["measured", "energy", "uniform"] = "measured"        # who gets the ranks: `greedy_ranks`
     step: int = 16                       # … in multiples of this
     heal: int = 50                       # steps of `heal`, taken if the converted model is damaged by more than …
-    tolerance: float = 0.05              # … nats per answer token; heal=0: never
+    tolerance: float = 0.05              # … nats per answer token
     length: int = 0                      # tokens the model is meant for; 0: do not compare calibration with it
 
     def __post_init__(self):
-        choices = dict(qk_norm=("exact", "affine", "const"), rope_basis=("unitary", "real"),
-                       slots=("realloc", "uniform"), gain=(True, False), metric=("qa", "balance", "identity"),
-                       modality=("segments", "adapters", "shared"), budget=("measured", "energy", "uniform"))
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+        for name, allowed in ((f.name, get_args(f.type)) for f in fields(self)):
+            if allowed and getattr(self, name) not in allowed:
                 raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
         if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
             raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
+        if not isinstance(self.heal, int) or self.heal < 0:
+            raise UserError(f"ConvertSpec heal={self.heal!r}: use a number of steps, 0 for none")
         try:
             ranks = torch.tensor(self.ranks)
             assert ranks.dtype == torch.long and ranks.dim() in (1, 2) and ranks.shape[-1] == 2 and ranks.min() > 0
@@ -901,7 +901,7 @@ def heal(layers, sources, predict, batches, steps, lr=2e-3):
         install(made)
         with torch.enable_grad():
             kl = (target.exp() * (target - predict(batch))).sum(-1).mean()
-            grads = torch.autograd.grad(kl, maps)                    # of these alone: the rest of the model stays as it is
+            grads = torch.autograd.grad(kl, maps)                    # of these alone: the rest stays as it is
         for p, p.grad in zip(maps, grads):
             if dist.is_initialized():                                # every process has batches of its own
                 dist.all_reduce(p.grad)

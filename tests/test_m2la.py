@@ -773,7 +773,8 @@ def test_conversion_without_calibration_is_refused():
 @pytest.mark.parametrize("field,value", [
     ("rope_width", 7), ("rope_width", 0), ("rope_width", "32"), ("ranks", (8,)), ("ranks", (8, 0)), ("ranks", 8),
     ("ranks", []), ("ranks", [(8, 8), (8,)]), ("ranks", (8, 8.5)), ("rope_basis", "complex"), ("slots", "greedy"),
-    ("gain", "yes"), ("metric", "fisher"), ("modality", "audio"), ("qk_norm", "none"), ("budget", "best")])
+    ("gain", "yes"), ("metric", "fisher"), ("modality", "audio"), ("qk_norm", "none"), ("heal", -1),
+    ("budget", "best")])
 def test_bad_spec_names_the_field(field, value):
     with pytest.raises(UserError, match=f"ConvertSpec {field}"):
         ConvertSpec(**{"rope_width": 16, "ranks": (8, 8), field: value})
