@@ -558,7 +558,7 @@ class ConvertSpec:
     modality: Literal["segments", "adapters", "shared"] = "segments"     # the last two: one basis for both
     budget: Literal["measured", "energy", "uniform"] = "measured"        # who gets the ranks: `greedy_ranks`
     step: int = 16                       # … in multiples of this
-    heal: int = 50                       # steps of `heal`, taken if the converted model is damaged by more than …
+    heal: int = 100                      # steps of `heal`, taken if the converted model is damaged by more than …
     tolerance: float = 0.05              # … nats per answer token
     length: int = 0                      # tokens the model is meant for; 0: do not compare calibration with it
 
