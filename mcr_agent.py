@@ -13,7 +13,8 @@ Question Q, observation V, action A, feedback F, context C, reasoning R. For i =
 
 Differs from the paper, or fills what it leaves open:
   1. R_i and A_{i+1} are one assistant turn of one autoregressive rollout.
-  2. ⊕ never compresses: `summarize` adds a belief summary and drops nothing.
+  2. ⊕ compresses when `summarize` asks for it or the context passes a share of the budget: the cache is truncated to
+     its head, and a belief summary and the newest notes are appended. Memory keeps everything.
   3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or documents
      is looked up in that text instead. A contradiction reopens the loop once.
   4. `web_search` ranks a local folder of .txt files; `asr` reads the .srt or .vtt file beside the video.
@@ -65,7 +66,7 @@ class LiveModel:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
-        self.own = self.side = 0                     # of them written by the model; spent outside: score, ask
+        self.own = self.side = self.dropped = 0      # written by the model; spent outside; forgotten by `rewind`
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -74,7 +75,17 @@ class LiveModel:
 
     @property
     def prefilled(self):
-        return self.tokens - self.own
+        return self.tokens + self.dropped - self.own
+
+    def mark(self):
+        """This place in the context, for `rewind`."""
+        return self.tokens, self.position
+
+    def rewind(self, mark):
+        """Forget what came after a mark that the model has read: the cache is truncated. Spent tokens stay spent."""
+        self.dropped, self.side = self.dropped + self.tokens - mark[0], self.side + self.tokens - mark[0]
+        (self.tokens, self.position), self.queue = mark, []
+        self.cache.truncate(self.tokens)
 
     def append(self, message, room=math.inf):
         """Queue a message; False, and nothing happens, if it takes more than `room` tokens."""
@@ -300,6 +311,7 @@ class Feedback:
     media: list = field(default_factory=list)        # video items shown with the text
     window: tuple = ()                               # of a view: what V gains
     final: bool = False                              # the rollout ends here
+    compress: bool = False                           # the context shrinks to a summary instead of taking the text
 
 
 @dataclass
@@ -310,9 +322,10 @@ class Budget:
     seconds: float = 300.0
     coarse: int = 24                                 # frames of the first look at the whole video
     turn: int = 160                                  # tokens of the longest assistant turn
+    compress: float = 1.0                            # share of `tokens` that the live context may fill; 1: all
 
     def __post_init__(self):
-        for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1).items():
+        for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1, compress=0).items():
             value = getattr(self, name)
             need(value >= least, f"budget --{name} {value}: must be at least {least}")
         need(self.coarse <= self.frames, f"budget --coarse {self.coarse}: more than --frames {self.frames}")
@@ -375,13 +388,8 @@ def memory_write(run, text, start, end):
     return Feedback("noted")
 
 
-def summarize(run):
-    """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
-    candidates = listed((e.start, e.end) for e in run.memory if e.source == "temporal_grounding")
-    text = (f"hypothesis: {run.thought or 'none'}; seen: {listed(run.V[1:]) or 'only the coarse frames'}; "
-            f"candidates: {candidates or 'none'}; open: {run.verdict[1]}")
-    run.memory.add("belief", text, 0.0, run.duration, "summarize")
-    return Feedback(text)
+def summarize(run, compress=False):
+    return Feedback(run.belief(), compress=compress)
 
 
 def verify(run, claim, evidence):
@@ -402,7 +410,7 @@ def answer(run, text, evidence):
 class Tool:
     kind: str                                        # class of action (§3.1)
     run: Callable
-    fields: dict                                     # name → number | text | spans; "?": optional
+    fields: dict                                     # name → number | text | spans | flag; "?": optional
     about: str
 
 
@@ -416,7 +424,7 @@ TOOLS = {tool.run.__name__: tool for tool in (
     Tool("tool", temporal_grounding, {"query": "text"}, "find when something is shown"),
     Tool("memory", memory_read, {"query": "text?", **MAYBE}, "recall by meaning or by time"),
     Tool("memory", memory_write, {"text": "text", **WINDOW}, "note something about a window"),
-    Tool("memory", summarize, {}, "hypothesis, evidence, and what is open"),
+    Tool("memory", summarize, {"compress": "flag?"}, "hypothesis, evidence, what is open; compress: forget the rest"),
     Tool("verification", verify, {"claim": "text", "evidence": "spans"}, "look again: is the claim true?"),
     Tool("termination", answer, {"text": "text", "evidence": "spans"}, "end; cite the windows that show it"))}
 
@@ -424,7 +432,7 @@ TOOLS = {tool.run.__name__: tool for tool in (
 def tools_prompt():
     """The tools in the model family's own format, for a model not trained on this agent's rollouts."""
     spans = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-    types = {"number": {"type": "number"}, "text": {"type": "string"}, "spans": spans}
+    types = {"number": {"type": "number"}, "text": {"type": "string"}, "spans": spans, "flag": {"type": "boolean"}}
     lines = [json.dumps({"type": "function", "function": {
         "name": name, "description": t.about, "parameters": {"type": "object",
         "properties": {f: types[kind.rstrip("?")] for f, kind in t.fields.items()},
@@ -459,6 +467,7 @@ def check_call(call, duration):
         if fields[f].startswith("text"):
             fits = isinstance(value, str) and 0 < len(value.strip()) <= 300
             call_needs(fits, f"{f} must be a text of 1 to 300 characters")
+        call_needs(fields[f] != "flag?" or type(value) is bool, f"{f} must be true or false")
         if fields[f] == "spans":
             pairs = isinstance(value, list) and all(isinstance(s, list) and len(s) == 2 for s in value)
             call_needs(pairs and 0 < len(value) <= 8, f"{f} must be a list of 1 to 8 windows [start, end]")
@@ -548,6 +557,9 @@ class Rollout:
         for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
             fits = self.C.append({"role": role, "content": content}, self.room())
             need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+        self.head, share = self.C.mark(), self.budget.compress
+        need(self.C.tokens < share * self.budget.tokens,
+             f"--compress {share:g}: the first look alone takes {self.C.tokens} of {self.budget.tokens} tokens")
 
     def room(self):
         """Tokens that may still be used; those of the forced answer are kept back."""
@@ -620,13 +632,35 @@ class Rollout:
 
     def extend(self, F):
         """Eq. 5: C_{i+1} = C_i ⊕ (R_i, A_{i+1}, F_{i+1}). R and A are there: the model wrote them. → F."""
+        if F.compress or not F.final and self.C.tokens > self.budget.compress * self.budget.tokens:
+            self.compress(F.text if F.compress else self.belief())
         try:
             content = [*F.media, {"type": "text", "text": F.text}] if F.media else F.text
-            if not F.final and not self.C.append({"role": "tool", "content": content}, self.room()):
-                raise Spent("tokens")
+            if not (F.final or F.compress):
+                self.tell(content)
             return F
         except UserError as e:                       # the window cannot be decoded
             return self.extend(Feedback(f"error: {sanitise(e, 400)}"))
+
+    def tell(self, content):
+        if not self.C.append({"role": "tool", "content": content}, self.room()):
+            raise Spent("tokens")
+
+    def belief(self):
+        """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
+        candidates = listed((e.start, e.end) for e in self.memory if e.source == "temporal_grounding")
+        text = (f"hypothesis: {self.thought or 'none'}; seen: {listed(self.V[1:]) or 'only the coarse frames'}; "
+                f"candidates: {candidates or 'none'}; open: {self.verdict[1]}")
+        self.memory.add("belief", text, 0.0, self.duration, "summarize")
+        return text
+
+    def compress(self, belief):
+        """⊕ with summary: the live cache keeps its head (system, Q, V_1); the belief and the newest notes follow it."""
+        began, before, notes = time.monotonic(), self.C.tokens, [e for e in self.memory if e.level == "note"][-16:]
+        text = sanitise("\n".join([belief, *(f"{exact(e.start, e.end)}: {e.content}" for e in notes)]))
+        self.C.rewind(self.head)
+        self.tell(text)
+        self.record("compress", began, step=self.calls, before=before, after=self.C.tokens, text=text)
 
     def look(self, F):
         """Eq. 4: V_{i+1} ~ δ(V_i | C_{i+1}): a perceptive action adds an evidence window, others keep V_i."""
@@ -732,6 +766,8 @@ def describe(r):
         call = " ".join([r["action"], *(f"{k}={json.dumps(v)}" for k, v in r["arguments"].items())])
         cost = f"{r['frames']} frames, {r['tokens']} tokens so far, {r['ms']:.0f} ms"
         return f"[{r['step']}] {r['reason']}\n{call}\n→ {r['feedback']}\n{cost}".replace("\n", "\n    ")
+    if r["record"] == "compress":
+        return f"    context: {r['before']} → {r['after']} tokens, in its place: {r['text']}".replace("\n", "\n    ")
     lost = f" (budget exhausted: {r['budget_exhausted']})" if r["budget_exhausted"] else ""
     return (f"answer: {r['answer']}{lost}\nevidence: {listed(r['evidence']) or 'none'} seconds\n"
             f"verdict: {r['verdict']}, confidence {r['confidence']:.2f}\ncost: {r['steps']} calls, "
@@ -781,7 +817,8 @@ def main():
     parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
     group = parser.add_argument_group("budget, all hard")
     abouts = ("assistant turns", "different frames shown", "tokens of all contexts", "wall clock",
-              "frames of the first look", "tokens of the longest turn")
+              "frames of the first look", "tokens of the longest turn", "share of --tokens that the live context may "
+              "fill before it shrinks to a summary; 1: never")
     for (name, value), about in zip(asdict(Budget()).items(), abouts, strict=True):
         group.add_argument(f"--{name}", type=type(value), default=value, help=f"{about} (default {value:g})")
     group = parser.add_argument_group("output")

@@ -113,6 +113,14 @@ class ScriptedModel:
         self.side += self.cost(message)
         self.see(message)
 
+    def mark(self):
+        return self.tokens, len(self.messages)
+
+    def rewind(self, mark):
+        self.side += self.tokens - mark[0]
+        self.tokens = mark[0]
+        del self.messages[mark[1]:]
+
     def likelihood(self, words):
         return 0.75
 
@@ -180,6 +188,45 @@ def test_observations_are_noted_and_summarized(clip):
     result, _ = rollout(clip, replies)
     assert feedback(result, 1) == "33.0 to 37.0 [note] a red square."
     assert "hypothesis: not sure.; seen: 33 to 37" in feedback(result, 2)
+
+
+# ---- ⊕ with summary -------------------------------------------------------------------------------------------------
+
+def test_summarize_can_shrink_the_context_and_memory_keeps_everything(clip):
+    replies = [call("view", start=33, end=37), call("asr", "a red square.", start=33, end=37),
+               call("summarize", "it was red.", compress=True), call("memory_read", query="red square"), final()]
+    result, model = rollout(clip, replies)
+    record = next(r for r in result.trace if r["record"] == "compress")
+    assert [m["role"] for m in model.messages] == ["system", "user", "tool", "tool"]       # the views are gone
+    text = model.messages[2]["content"]
+    assert text.startswith("hypothesis: it was red.; seen: 33 to 37") and record["text"] == text
+    assert "33.0 to 37.0: a red square." in text and "34.0 to 36.0: the word is maple" in text
+    assert record["before"] > record["after"] == model.cost(model.messages[0]) + model.cost(model.messages[1]) + \
+        model.cost(model.messages[2])
+    assert feedback(result, 3) == "33.0 to 37.0 [note] a red square.\n0.0 to 60.0 [belief] " + text.split("\n")[0]
+    assert result.answer == "red (A)" and "in its place: hypothesis" in mcr_agent.describe(record)
+    result, _ = rollout(clip, [call("summarize", compress=1), final()])
+    assert feedback(result) == "error: compress must be true or false"
+
+
+def test_a_context_that_passes_its_share_shrinks_and_the_newest_feedback_stays(clip):
+    budget, sizes = Budget(calls=40, frames=400, tokens=20_000, compress=0.02), []
+
+    class Watched(ScriptedModel):
+        def generate(self, *args, **how):
+            sizes.append(self.tokens)
+            return super().generate(*args, **how)
+    replies = [call("view", start=i, end=i + 8, fps=4) for i in range(30)] + [final()]
+    model = Watched(replies, capacity=20_000)
+    result = run_agent(model, clip, "What?", OPTIONS, budget=budget)
+    shrunk = [r for r in result.trace if r["record"] == "compress"]
+    assert result.answer == "red (A)" and len(shrunk) > 5 and max(sizes) < 800 < result.tokens <= 20_000
+    assert all(r["before"] > 400 > r["after"] for r in shrunk)
+    assert model.messages[-1]["content"][0]["start"] == 29 and model.messages[2]["content"].startswith("hypothesis")
+    assert not [r for r in rollout(clip, replies, budget=Budget(calls=40, frames=400, tokens=20_000),
+                                   capacity=20_000)[0].trace if r["record"] == "compress"]
+    with pytest.raises(UserError, match="--compress 0.005: the first look alone takes"):
+        rollout(clip, [], budget=Budget(compress=0.005))
 
 
 # ---- failures are feedback -----------------------------------------------------------------------------------------
@@ -508,6 +555,36 @@ def test_live_model_runs_each_token_once_and_equals_a_fresh_forward(tmp_path, at
         hidden = model(torch.cat(ids)[None], torch.cat(positions, 1)[:, None], *vision)
         logits = model.logits(hidden[0, -1]).float().index_fill(0, live.banned, -torch.inf)
     assert torch.allclose(torch.log_softmax(logits, -1), logp, atol=1e-3)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "m2la"])
+def test_a_rewound_context_equals_a_fresh_one_and_runs_only_what_is_new(clip, attn):
+    model, processor = tiny(attn)
+    live, forwarded = LiveModel(model, processor, 2000), []
+    video = {"type": "video", "video": str(clip), "max_frames": 4}
+    head = [{"role": "system", "content": "Look."},
+            {"role": "user", "content": [video, {"type": "text", "text": "What?"}]}]
+    for message in head:
+        live.append(message)
+    mark = live.mark()
+    live.generate(12, stop=())
+    live.append({"role": "tool", "content": [{**video, "start": 2, "end": 4}, {"type": "text", "text": "now"}]})
+    live.generate(12, stop=())
+    spent, before = live.tokens + live.side, live.prefilled
+    live.rewind(mark)
+    handle = model.register_forward_pre_hook(lambda _, args: forwarded.append(args[0].shape[1]))
+    live.append({"role": "tool", "content": "hypothesis: red."})
+    with torch.no_grad():
+        logp = live._flush()
+    handle.remove()
+    new = live.tokens - mark[0]
+    assert forwarded == [new] and int(live.cache.lengths[0]) == live.tokens
+    assert live.tokens + live.side == spent + new and live.prefilled == before + new
+    fresh = LiveModel(model, processor, 2000)
+    for message in [*head, {"role": "tool", "content": "hypothesis: red."}]:
+        fresh.append(message)
+    with torch.no_grad():
+        assert torch.allclose(fresh._flush(), logp, atol=1e-3)
 
 
 def test_live_model_refuses_what_does_not_fit_and_never_writes_template_tokens():
