@@ -11,6 +11,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
     python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
+    python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
 """
 import argparse
@@ -640,7 +641,7 @@ def decode_step(model, context, eager):
     if eager:
         cache = GrownCache(torch.randn(2, 1, cfg.kv_heads, context, cfg.head_dim, **like) for _ in lm.layers)
     else:
-        vision = torch.arange(context, device=device)[None] % 16 != 0
+        vision = vision_of(0, context).to(device)
         n = int(vision.sum())
         cache = model.new_cache(1, context + 1 - n * (cfg.attn == "m2la"), n + 1)
         for rows in sum(cache.rows, []):
@@ -736,6 +737,68 @@ def bench_decode(args):
     return {"env": {"device": name, "torch": torch.__version__, "dtype": str(dtype), "preset": args.preset, "batch": 1,
                     "layers": layers, "attention_only": args.attention_only, "steps": args.steps, "seed": args.seed,
                     "copy_gb_s": copied, "measures": "median of a new token, random weights and cache"}, "rows": rows}
+
+
+# --------------------------------------------------------------------------------------- the agent's live cache (§3.4)
+
+def vision_of(start, stop):
+    """Which of the bench's tokens are vision (1,T): 15 of 16, as in a long video."""
+    return torch.arange(start, stop)[None] % 16 != 0
+
+
+def prefilled(model, cache, start, stop):
+    """Tokens start … stop of a made-up rollout through the decoder → logits (V,) of the next one."""
+    cfg = model.cfg
+    ids = torch.arange(start, stop)[None] * 7919 % (cfg.vocab - 2) + 2                       # (1,T)
+    ids = torch.where(vision_of(start, stop), 1, ids).to(model.device)
+    positions = torch.arange(start, stop, device=model.device).expand(3, 1, -1)
+    return model.logits(model(ids, positions, cache=cache)[0, -1])
+
+
+def agent_cache_rows(models, first, new, steps, device):
+    """A row for each step of a rollout whose context starts with `first` tokens and grows by `new` a step. Summed over
+    steps: seconds and MB written of the live cache, which prefills what is new, and of a context rebuilt at each step.
+    `difference`: of the two caches' rows, at most. A time is the best of three: other work only slows."""
+    rows, live, sums, end = [], {}, Counter(), first + new * steps
+    seen = int(vision_of(0, end).sum())
+    for kind, model in models.items():
+        live[kind] = model.new_cache(1, end - seen if kind == "m2la" else end, seen)
+        prefilled(model, model.new_cache(1, 64), 0, 64)                                      # warms up
+    for step in range(steps + 1):
+        start, stop = (first + new * (step - 1) if step else 0), first + new * step
+        row = {"step": step, "context": stop}
+        for kind, model in models.items():
+            rebuilt = model.new_cache(1, stop)
+            for way, cache, begin in (("live", live[kind], start), ("rebuilt", rebuilt, 0)):
+                times, run = [], functools.partial(prefilled, model, cache, begin, stop)
+                for _ in range(3):
+                    cache.truncate(begin)
+                    times.append(timed(run, device) / 1e3)
+                sums[kind, way, "s"] += min(times)
+                sums[kind, way, "written_mb"] += cache.nbytes() / stop * (stop - begin) / 1e6
+            pairs = [(a, b) for i in range(model.cfg.layers) for a, b in zip(live[kind].view(i), rebuilt.view(i))]
+            row |= {f"{kind}_mb": rebuilt.nbytes() / 1e6,
+                    f"{kind}_difference": max(float((a - b).abs().max()) for a, b in pairs)}
+        rows.append(row | {"_".join(key): value for key, value in sums.items()})
+    return rows
+
+
+@torch.no_grad()
+def bench_agent_cache(args):
+    iv3.need(not args.attention_only, "--attention-only belongs to --bench decode")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(args.seed)
+    cfg = iv3.Config.preset(args.preset)
+    cfg = replace(cfg, layers=args.layers or cfg.layers, deepstack=())
+    models = {kind: model for kind, model in decode_models(cfg, False, device, dtype).items() if kind != "gqa_eager"}
+    rows = agent_cache_rows(models, args.first, args.new, args.steps, device)
+    keys = ["step", "context", *(f"{kind}_{what}" for what in ("live_s", "rebuilt_s", "mb", "live_written_mb",
+                                                               "rebuilt_written_mb") for kind in models)]
+    print(table(keys, [[f"{row[key]:.4g}" for key in keys] for row in rows]))
+    return {"env": {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "seed": args.seed,
+                    "dtype": str(dtype), "preset": args.preset, "layers": cfg.layers, "first": args.first,
+                    "new": args.new, "measures": "prefill by the decoder, summed over steps; random weights"},
+            "rows": [{"name": f"step {row['step']}", **row} for row in rows]}
 
 
 # ------------------------------------------------------------------------------------------ conversion bench (§3.2)
@@ -931,6 +994,9 @@ def run_data(args):
     return {"agent": agent, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
 
+BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Score a model on a data file, or time its attention.")
     add = parser.add_argument_group("scores").add_argument
@@ -945,21 +1011,25 @@ def main():
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
     add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
     add = parser.add_argument_group("bench").add_argument
-    add("--bench", choices=["decode", "conversion"], help="decode: time per new token of M2LA, a good GQA and the "
-        "paper's eager GQA; conversion: the damage of each way to convert --model (default: the tiny base)")
+    add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "
+        "GQA; agent-cache: a rollout's live cache against rebuilding its context at each step; conversion: the damage "
+        "of each way to convert --model (default: the tiny base)")
     add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes (default tiny); "
         "conversion: also a random layer of these sizes (default: none)")
     add("--data-dir", metavar="DIR", default="runs/tiny/data", help="conversion: the toy data; written if it is absent")
     add("--contexts", default="1024,4096", help="cached tokens, comma-separated (default 1024,4096)")
-    add("--layers", type=int, help="decode: layers of the decoder (default: the preset's)")
+    add("--first", type=int, default=1024, help="agent-cache: tokens of the first look (default 1024)")
+    add("--new", type=int, default=256, help="agent-cache: tokens that a step adds (default 256)")
+    add("--layers", type=int, help="layers of the decoder (default: the preset's)")
     add("--attention-only", action="store_true", help="decode: time one attention layer, not the whole decoder")
-    add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
+    add("--steps", type=int, default=20, help="decode: timed tokens per kind; agent-cache: steps of the "
+        "rollout (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
     if bool(args.data) == bool(args.bench):
-        raise UserError("give either --data F.jsonl or --bench decode|conversion (see --help)")
-    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps"):
+        raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} (see --help)")
+    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -967,7 +1037,7 @@ def main():
     if args.bench and args.jobs > 1:
         raise UserError("--jobs shares the rows of --data; a bench runs in one process")
     join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
-    result = {"decode": bench_decode, "conversion": bench_conversion, None: run_data}[args.bench](args)
+    result = BENCHES.get(args.bench, run_data)(args)
     if args.json and rank() == 0:
         iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))
 

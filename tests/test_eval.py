@@ -403,6 +403,28 @@ def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, 
     assert "gqa_eager_ms" in capsys.readouterr().out
 
 
+def test_bench_agent_cache_runs_only_what_is_new(tmp_path, monkeypatch, capsys):
+    file, lengths, forward = tmp_path / "cache.json", [], iv3.InternVideo3.forward
+
+    def counted(self, ids, *args, **kwargs):
+        lengths.append((self.cfg.attn, ids.shape[1]))
+        return forward(self, ids, *args, **kwargs)
+    monkeypatch.setattr(iv3.InternVideo3, "forward", counted)
+    monkeypatch.setattr(sys, "argv", f"eval.py --bench agent-cache --first 48 --new 32 --steps 2 --json {file}".split())
+    evaluation.main()
+    rows = json.loads(file.read_text())["rows"]
+    for kind in ("m2la", "gqa"):
+        assert [n for attn, n in lengths if attn == kind][1::3] == [48, 48, 32, 80, 32, 112]    # live, rebuilt, …
+        assert max(row[f"{kind}_difference"] for row in rows) < 1e-3
+        last = rows[-1]
+        assert last[f"{kind}_live_written_mb"] == pytest.approx(last[f"{kind}_mb"])
+        assert last[f"{kind}_rebuilt_written_mb"] == pytest.approx(last[f"{kind}_mb"] * (48 + 80 + 112) / 112)
+        assert last[f"{kind}_rebuilt_s"] > rows[0][f"{kind}_rebuilt_s"] > 0
+    assert [row["context"] for row in rows] == [48, 80, 112]
+    assert rows[-1]["gqa_mb"] == pytest.approx(112 * 4 * 2 * 64 * 4 / 1e6) == pytest.approx(2 * rows[-1]["m2la_mb"])
+    assert "m2la_rebuilt_s" in capsys.readouterr().out
+
+
 def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys):
     """64 tokens of a tiny layer take 16 kB in M²LA's cache, 33 in GQA's, 131 in the eager one with its copies."""
     free = iter([1.0, 1.0, 40e-6, 20e-6, 7e-6])                  # GB: for the weights, then for each context
@@ -422,7 +444,8 @@ def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("arguments, word", [
     ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --bench decode", "either"),
     ("--bench decode --contexts 16,none", "--contexts"), ("--bench decode --layers 0", "--layers"),
-    ("--data x.jsonl --limit 0", "--limit"), ("--bench decode --json nowhere/x.json", "--json"),
+    ("--data x.jsonl --limit 0", "--limit"), ("--bench agent-cache --new 0", "--new"),
+    ("--bench agent-cache --attention-only", "--attention-only"), ("--bench decode --json nowhere/x.json", "--json"),
     ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere")])
 def test_a_mistake_is_one_line_and_exit_2(arguments, word, world, monkeypatch, capsys):
     write_rows(world.root / "mcq.jsonl", [mcq("A")])
