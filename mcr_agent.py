@@ -24,6 +24,7 @@ Differs from the paper, or fills what it leaves open:
 import argparse
 import base64
 import functools
+import hashlib
 import html
 import json
 import math
@@ -33,13 +34,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 
-from iv3 import SPECIALS, find_model, load_model, need, probe, read_video, run_cli, sample_times
+from iv3 import (SPECIALS, find_model, load_model, need, probe, read_json, read_video, run_cli, sample_times,
+                 write_atomic)
 from m2la import UserError
 
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
@@ -189,15 +193,20 @@ def bm25(query, texts, k1=1.2, b=0.75):
 
 @dataclass
 class Entry:
-    level: str                                       # frame | scene | subtitle | note | belief
+    level: str                                       # frame | clip | scene | subtitle | narrative | note | belief
     content: str
     start: float
     end: float
-    source: str                                      # coarse, subtitles, or the tool that it came from
+    source: str                                      # coarse, captions, subtitles, or the tool that it came from
+
+    def __str__(self):
+        return f"{exact(self.start, self.end)} [{self.level}] {self.content}"
 
 
 class Memory(list):
-    """Hierarchical memory (§3.4): each Entry has content and time, so it is found by meaning or by time."""
+    """Hierarchical memory (§3.4): each Entry has content and time, so it is found by meaning or by time. By meaning is
+    BM25: questions share words with captions and subtitles, it needs no second model, and anyone can see why an entry
+    came first. A decoder's own hidden states are trained to predict the next token, not to be near what they mean."""
 
     def add(self, *fields):
         self.append(Entry(*fields))
@@ -284,6 +293,87 @@ def find_scenes(path, start, end, deadline=math.inf, fps=4.0, chunk=30.0):
         t = min(t + chunk, end)
     cuts = [start, *(start + f / fps for f in scene_starts(np.array(signatures), round(fps))), t]
     return list(zip(cuts, cuts[1:]))
+
+
+# --------------------------------------------------------- what a video shows: clips → scenes → narrative (§4.2.1)
+PROMPT = "Describe {t} seconds."                     # what toy models know best; for larger ones: "Describe the video."
+
+
+class Scene(NamedTuple):
+    start: float
+    end: float
+    text: str                                        # may be empty: the captioner had nothing to say
+
+
+def captioner(model, prompt=PROMPT):
+    """→ caption(video, start, end) → text, by a model's `ask`; {t} in the prompt: the middle of the clip."""
+    def caption(video, start, end):
+        if math.ceil(start) < math.floor(end):       # whole seconds: times as in training, and no frame across a cut
+            start, end = math.ceil(start), math.floor(end)
+        item = {"type": "video", "video": str(video), "start": start, "end": end, "max_frames": 64}
+        text = {"type": "text", "text": prompt.replace("{t}", str(int((start + end) / 2)))}
+        return model.ask([{"role": "user", "content": [item, text]}], 96)
+    return caption
+
+
+def caption_clips(path, caption, longest=10.0):
+    """→ duration, [(start, end, caption)]. A clip lies between two cuts, or is an equal part of what does, where that
+    is longer than `longest` seconds."""
+    duration, clips = probe(path)[0], []
+    for start, end in find_scenes(path, 0.0, duration):
+        parts = max(1, math.ceil((end - start) / longest - 1e-6))
+        for a, b in pairwise(np.linspace(start, end, parts + 1).tolist()):
+            clips.append((a, b, " ".join(sanitise(caption(path, a, b), 400).split()).rstrip(".")))
+    return duration, clips
+
+
+def alike(a, b, same):
+    """Do two captions show the same? Of the shorter one's words, a share of `same` is in the other."""
+    a, b = set(words(a)), set(words(b))
+    return len(a & b) >= same * max(1, min(len(a), len(b)))
+
+
+def merge(clips, same):
+    """Neighbouring clips that show the same → one Scene, with the caption that says most."""
+    scenes = []
+    for start, end, text in clips:
+        if scenes and alike(scenes[-1].text, text, same):
+            before = scenes.pop()
+            start, text = before.start, max(before.text, text, key=lambda t: len(words(t)))
+        scenes.append(Scene(start, end, text))
+    return scenes
+
+
+def narrative(scenes):
+    return " ".join(f"{exact(s.start, s.end)}: {s.text}." for s in scenes if s.text)
+
+
+def build_memory(video, folder, caption, model, same=0.85):
+    """Memory of a video before any question: clips, scenes, subtitles, narrative. Captions cost much: it is built once
+    and kept in `folder` as JSON, under a name made of the file's ends, its subtitles, and `model`, who captions."""
+    with open(video, "rb") as file:                  # ends: an hour of video is not read to know it again
+        ends = file.read(2 ** 20), file.seek(max(0, Path(video).stat().st_size - 2 ** 20)), file.read()
+    spoken = read_subtitles(str(video))
+    key = hashlib.sha256(repr((ends, spoken, model, same)).encode()).hexdigest()[:16]
+    kept = Path(folder) / f"{Path(video).stem}-{key}.json"
+    if not kept.is_file():
+        (duration, clips), memory = caption_clips(video, caption), Memory()
+        scenes = merge(clips, same)
+        for a, b, text in scenes:
+            memory.add("scene", text, a, b, "captions")
+            parts = [clip for clip in clips if a <= clip[0] < b]
+            for start, end, said in parts if len(parts) > 1 else ():
+                memory.add("clip", said, start, end, "captions")
+        for start, end, said in spoken:
+            memory.add("subtitle", said, start, end, "subtitles")
+        memory.add("narrative", narrative(scenes), 0.0, duration, "captions")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        record = {"video": str(video), "model": model, "entries": [asdict(e) for e in memory]}
+        write_atomic(kept, lambda p: p.write_text(json.dumps(record, indent=1, ensure_ascii=False)))
+    try:
+        return Memory(Entry(**entry) for entry in read_json(kept)["entries"])
+    except (TypeError, LookupError) as e:
+        raise UserError(f"{kept}: not a memory of this agent ({e}); delete it") from e
 
 
 # ------------------------------------------------------------------------------------------ actions and tools
@@ -380,7 +470,7 @@ def temporal_grounding(run, query):
 def memory_read(run, query=None, start=None, end=None):
     call_needs(query is not None or start is not None, "memory_read needs a query, or start and end")
     found = run.memory.find(query, *(() if start is None else (start, end)))
-    return Feedback("\n".join(f"{exact(e.start, e.end)} [{e.level}] {e.content}" for e in found) or "nothing in memory")
+    return Feedback("\n".join(map(str, found)) or "nothing in memory")
 
 
 def memory_write(run, text, start, end):
@@ -526,7 +616,7 @@ class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
     def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
-                 system=SYSTEM, trace=lambda record: None):
+                 system=SYSTEM, memory=(), trace=lambda record: None):
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
@@ -536,27 +626,34 @@ class Rollout:
         self.question = sanitise(question)
         self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
-        self.memory, self.V = Memory(), [(0.0, self.duration)]
+        self.memory, self.V = Memory(memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
-        self.calls, self.records, self.thought = 0, [], ""
+        self.calls, self.records, self.thought, self.recalled = 0, [], "", ""
         self.last = self.source = ""                 # last tool; last one that gave evidence
         self.begin(system)
 
     def begin(self, system):
-        """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts."""
-        frames = self.budget.coarse // 2 * 2
+        """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts; one that knows
+        the video already tells what it has for Q: the narrative, what is about the times in Q, what matches Q."""
+        known, frames = list(self.memory), self.budget.coarse // 2 * 2
         self.coarse = {"type": "video", "video": self.video, "max_frames": frames, "pairs": True}
         self.seen = frame_times(0.0, self.duration, FPS, frames, pairs=True)
         for t in sorted(self.seen):
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
-        for a, b, text in read_subtitles(self.video):
+        for a, b, text in () if known else read_subtitles(self.video):
             self.memory.add("subtitle", text, a, b, "subtitles")
         text = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
         text = f"{text}\n{self.question}" if text else self.question
         for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
             fits = self.C.append({"role": role, "content": content}, self.room())
             need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+        if known:
+            times = [float(t) for t in re.findall(r"(\d+(?:\.\d+)?) seconds", self.question)]
+            found = [*(e for e in known if e.level == "narrative" or any(e.start <= t < e.end for t in times)),
+                     *Memory(known).find(" ".join([self.question, *self.options]))]
+            self.recalled = sanitise("\n".join(dict.fromkeys(sanitise(e, 800) for e in found[:12])))
+            self.tell(self.recalled)
         self.head, share = self.C.mark(), self.budget.compress
         need(self.C.tokens < share * self.budget.tokens,
              f"--compress {share:g}: the first look alone takes {self.C.tokens} of {self.budget.tokens} tokens")
@@ -672,7 +769,8 @@ class Rollout:
             prior = self.route()
             how = {"opening": "<think>", "first": max(prior, key=prior.get)}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
-                    options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen))
+                    options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
+                    recalled=self.recalled)
         while not exhausted and not F.final:
             began, frames = time.monotonic(), len(self.seen)
             R = self.reason(**how)                                                                   # Eq. 1
@@ -750,7 +848,7 @@ class Rollout:
 
 
 def run_agent(model, video, question, options=None, **settings):
-    """One rollout → Result. settings: budget, facts, route, verify, system, trace (see Rollout)."""
+    """One rollout → Result. settings: budget, facts, route, verify, system, memory, trace (see Rollout)."""
     return Rollout(model, video, question, options, **settings).run()
 
 
@@ -761,7 +859,8 @@ def describe(r):
         options = "".join(f"\n  {chr(65 + i)}. {option}" for i, option in enumerate(r["options"]))
         route = ", ".join(f"{k} {p:.2f}" for k, p in sorted(r["route"].items(), key=lambda item: -item[1]))
         video = f"video {r['duration']:.1f} s, {r['frames']} coarse frames"
-        return f"{r['question']}{options}\n{video}\nroute: {route}"
+        recalled = f"\nfrom memory: {r['recalled']}" if r.get("recalled") else ""
+        return f"{r['question']}{options}\n{video}{recalled}\nroute: {route}"
     if r["record"] == "step":
         call = " ".join([r["action"], *(f"{k}={json.dumps(v)}" for k, v in r["arguments"].items())])
         cost = f"{r['frames']} frames, {r['tokens']} tokens so far, {r['ms']:.0f} ms"
@@ -812,6 +911,8 @@ def main():
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="options of a multiple-choice question")
     parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
     parser.add_argument("--facts", metavar="DIR", help="folder of .txt documents for web_search")
+    parser.add_argument("--memory", metavar="DIR", help="caption the video first, once: its memory is kept in DIR")
+    parser.add_argument("--prompt", default=PROMPT, help="asked of each clip for --memory (default: %(default)s)")
     parser.add_argument("--route", choices=ROUTES, help="question type, instead of the model's choice")
     parser.add_argument("--no-verify", action="store_true", help="answer without a second look")
     parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
@@ -835,7 +936,8 @@ def main():
     else:
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        model, processor = load_model(find_model(args.model), device, dtype)
+        directory = find_model(args.model)
+        model, processor = load_model(directory, device, dtype)
         if args.trace:
             Path(args.trace).write_text("")
 
@@ -846,8 +948,14 @@ def main():
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
         live, system = LiveModel(model, processor, budget.tokens), SYSTEM + tools_prompt() * args.tools_prompt
+        memory = ()
+        if args.memory:
+            by = [str(directory.resolve()), max(f.stat().st_mtime_ns for f in directory.iterdir()), args.prompt]
+            probe(args.video)                        # what is wrong with the file is said before it is captioned
+            memory = build_memory(args.video, args.memory, captioner(LiveModel(model, processor, 1), args.prompt), by)
         records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
-                            route=args.route, verify=not args.no_verify, system=system, trace=trace).trace
+                            route=args.route, verify=not args.no_verify, system=system, memory=memory,
+                            trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))
 
