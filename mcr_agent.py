@@ -17,7 +17,8 @@ Differs from the paper, or fills what it leaves open:
      its head, and a belief summary and the newest notes are appended. Memory keeps everything.
   3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or documents
      is looked up in that text instead. A contradiction reopens the loop once.
-  4. `web_search` ranks a local folder of .txt files; `asr` reads the .srt or .vtt file beside the video.
+  4. `web_search` ranks a local folder of .txt files, `asr` reads the .srt or .vtt file beside the video or the
+     subtitles in it. To search online or to hear, give run_agent the functions `search` and `listen` (see Rollout).
   5. Budgets are hard. A frame counts once, however often it is shown; tokens count every time. Only the forced answer
      runs after a budget is spent, on tokens kept back for it (RESERVE).
 """
@@ -29,6 +30,7 @@ import html
 import json
 import math
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -153,7 +155,7 @@ class LiveModel:
         return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
 
     def ask(self, messages, max_new, room=math.inf):
-        """The model's reply in a separate short context."""
+        """The model's reply in a separate short context; `likelihood` is about it from then on."""
         return self._beside(messages, max_new + 16, room, lambda side: side.generate(max_new, stop=()))
 
     def _beside(self, messages, extra, room, use):
@@ -163,7 +165,7 @@ class LiveModel:
         for message in messages:
             side.append(message)
         result = use(side)
-        self.side += side.tokens + side.side
+        self.side, self.turn = self.side + side.tokens + side.side, side.turn
         return result
 
     def likelihood(self, words):
@@ -248,16 +250,33 @@ def sanitise(text, limit=2000):
 # ------------------------------------------------------------------------------ subtitles, documents, scenes
 @functools.lru_cache(maxsize=256)
 def read_subtitles(video):
-    """[(start, end, text)] of the .srt or .vtt file beside the video. A broken cue is left out."""
+    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its first subtitle stream. A broken cue
+    is left out."""
     path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
     text = path.read_text("utf-8-sig", errors="replace") + "\n" if path else ""
-    lines, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
+    cues, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
     for *times, said in re.findall(rf"^{stamp}-->{stamp}.*\n((?:[^\S\n]*\S.*\n)*)", text, re.M):
         h, m, s, h2, m2, s2 = (float((x or "0").replace(",", ".")) for x in times)
-        start, end = h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2
-        if start < end and said:                                                        # no <i>, <v Speaker>
-            lines.append((start, end, sanitise(" ".join(re.sub(r"<[^>]*>", "", said).split()), 300)))
-    return lines
+        cues.append((h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2, said))
+    lines = [(a, b, sanitise(" ".join(re.sub(r"<[^>]*>|{\\[^}]*}", "", said).split()), 300))      # no <i>, {\i1}
+             for a, b, said in (cues if path else embedded_subtitles(video)) if a < b]
+    return [line for line in lines if line[2]]
+
+
+def embedded_subtitles(video):
+    """[(start, end, text)] of a file's first subtitle stream: mov_text, SubRip, ASS; pictures of text have no text."""
+    cues = []
+    try:
+        with av.open(str(video)) as container:
+            origin = (container.start_time or 0) / av.time_base
+            for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
+                if packet.size and packet.duration:
+                    start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
+                    said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
+                    cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
+    except av.FFmpegError:                           # a damaged file: what was read until then
+        pass
+    return cues
 
 
 @functools.lru_cache(maxsize=16)
@@ -434,8 +453,33 @@ def video_segmentation(run, start=0.0, end=None):
     return Feedback(f"{len(scenes)} scenes: " + ", ".join(exact(*span) for span in scenes))
 
 
+def within(deadline, function, *arguments):
+    """function(*arguments), the user's, given up at the deadline or after a minute: a server that hangs does not hang
+    the rollout. The thread stays behind."""
+    box, seconds = [], max(0.0, min(60.0, deadline - time.monotonic()))
+
+    def work():
+        try:
+            box.append((function(*arguments), None))
+        except Exception as e:
+            box.append((None, e))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    need(box, f"no reply in {seconds:.0f} seconds", TimeoutError)
+    value, error = box[0]
+    if error:
+        raise error
+    return value
+
+
 def asr(run, start, end):
     heard = run.memory.find(start=start, end=end, source="subtitles", most=40)
+    if not run.memory.find(source="subtitles"):
+        if not run.listen:
+            return Feedback("no speech available: the video has no subtitles")
+        heard = [Entry("subtitle", sanitise(said, 300), float(a), float(b), "listen")
+                 for a, b, said in within(run.deadline, run.listen, run.video, start, end)[:40]]
     for e in heard:
         run.memory.add("note", e.content, e.start, e.end, "asr")
     lines = "\n".join(f"{exact(e.start, e.end)}: {e.content}" for e in heard)
@@ -443,28 +487,35 @@ def asr(run, start, end):
 
 
 def web_search(run, query):
-    call_needs(run.facts is not None, "there are no documents to search")
-    sentences, best = read_documents(run.facts), {}  # the best sentence of each document, up to three of them
-    scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
-    for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
-        if score > 0.8 * max(scores) and len(best) < 3:
-            best.setdefault(name, f"[{name}] {text}")
+    best = {}                                        # the best text of each document, up to three of them
+    if run.search:
+        best = {name: f"[{sanitise(name, 200)}] {sanitise(text, 600)}"
+                for name, text in within(run.deadline, run.search, query)[:3]}
+    else:
+        call_needs(run.facts is not None, "there are no documents to search")
+        sentences = read_documents(run.facts)
+        scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
+        for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
+            if score > 0.8 * max(scores) and len(best) < 3:
+                best.setdefault(name, f"[{name}] {text}")
     for text in best.values():
         run.memory.add("note", text, 0.0, run.duration, "web_search")
     return Feedback("\n".join(best.values()) or f"nothing found for {query}")
 
 
-def temporal_grounding(run, query):
-    """The model itself on the coarse video, in a separate context: the same frames, so no new ones."""
+def temporal_grounding(run, query, start=None, end=None):
+    """The model itself, in a separate context: on the coarse video (the same frames, so no new ones) or on a window.
+    The score is the probability that it gave to the span's words."""
     question = query if query.endswith("?") else f"When is the {re.sub('^(the|an?) ', '', query)} shown?"
-    content = [run.coarse, {"type": "text", "text": sanitise(question)}]
+    item = run.coarse if start is None else run.window(start, end)
+    content = [item, {"type": "text", "text": sanitise(question)}]
     reply = run.model.ask([{"role": "user", "content": content}], 32, run.room())
     span = re.search(r"(\d+(?:\.\d+)?)\s*(?:to|and|-|–)\s*(\d+(?:\.\d+)?)", reply)
     start, end = (min(float(x), run.duration) for x in span.groups()) if span else (0, 0)
     if not start < end:
         return Feedback(f"not found: {query}")
     run.memory.add("note", query, start, end, "temporal_grounding")
-    return Feedback(f"{exact(start, end)} seconds")
+    return Feedback(f"{exact(start, end)} seconds (score {run.model.likelihood(span[0]):.2f})")
 
 
 def memory_read(run, query=None, start=None, end=None):
@@ -511,7 +562,7 @@ TOOLS = {tool.run.__name__: tool for tool in (
     Tool("tool", video_segmentation, MAYBE, "find the scenes"),
     Tool("tool", asr, MOMENT, "what is said in a window"),
     Tool("tool", web_search, {"query": "text"}, "search the documents"),
-    Tool("tool", temporal_grounding, {"query": "text"}, "find when something is shown"),
+    Tool("tool", temporal_grounding, {"query": "text", **MAYBE}, "find when something is shown"),
     Tool("memory", memory_read, {"query": "text?", **MAYBE}, "recall by meaning or by time"),
     Tool("memory", memory_write, {"text": "text", **WINDOW}, "note something about a window"),
     Tool("memory", summarize, {"compress": "flag?"}, "hypothesis, evidence, what is open; compress: forget the rest"),
@@ -616,7 +667,9 @@ class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
     def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
-                 system=SYSTEM, memory=(), trace=lambda record: None):
+                 system=SYSTEM, memory=(), listen=None, search=None, trace=lambda record: None):
+        """listen(video, start, end) → [(start, end, text)]: a speech model, where there are no subtitles.
+        search(query) → [(source, text)], best first, instead of the folder `facts`."""
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
@@ -626,6 +679,7 @@ class Rollout:
         self.question = sanitise(question)
         self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
+        self.listen, self.search = listen, search
         self.memory, self.V = Memory(memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
@@ -848,7 +902,7 @@ class Rollout:
 
 
 def run_agent(model, video, question, options=None, **settings):
-    """One rollout → Result. settings: budget, facts, route, verify, system, memory, trace (see Rollout)."""
+    """One rollout → Result. settings: those of Rollout."""
     return Rollout(model, video, question, options, **settings).run()
 
 
