@@ -9,7 +9,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
   3. Every score has n and a 95 % interval that resamples clips, not questions: questions on one clip fail together.
 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
-    python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
+    python eval.py --data MCR.jsonl --agent [--ablate] [--jobs 2]                     # agent against a direct answer
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
     python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
@@ -459,8 +459,9 @@ def open_model(directory):
     return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def agent_row(model, processor, row, root, facts, budget):
-    """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3."""
+def agent_row(model, processor, row, root, facts, budget, without):
+    """One rollout → {text (None: missing), first, hit, overlap, forced, frames}. first: the answer that verification
+    sent back, or the same. Of the cited spans one has an IoU >= 0.3 with the truth (hit), > 0 (overlap)."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
     budget = budget or mcr_agent.Budget()
     budget = replace(budget, frames=row["frames"], coarse=min(budget.coarse, row["frames"]))
@@ -468,11 +469,13 @@ def agent_row(model, processor, row, root, facts, budget):
     text = next(i["text"] for i in user_turn(row)["content"] if i["type"] == "text")
     try:
         out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.rpartition("\n")[2], row["options"],
-                                  budget=budget, facts=facts)
+                                  budget=budget, facts=facts, without=without)
     except iv3.MediaError:
-        return {"text": None, "hit": 0.0, "forced": 0, "frames": 0}
-    hit = any(iou(cited, true) >= 0.3 for cited in out.evidence for true in row["evidence"])
-    return {"text": out.answer, "hit": float(hit), "forced": bool(out.budget_exhausted), "frames": out.frames}
+        return {"text": None, "first": None, "hit": 0.0, "overlap": 0.0, "forced": 0, "frames": 0}
+    best = max((iou(cited, true) for cited in out.evidence for true in row["evidence"]), default=0.0)
+    answers = [r["arguments"]["text"] for r in out.trace if r["record"] == "step" and r["action"] == "answer"]
+    return {"text": out.answer, "first": (answers or [out.answer])[0], "hit": float(best >= 0.3),
+            "overlap": float(best > 0), "forced": bool(out.budget_exhausted), "frames": out.frames}
 
 
 def user_turn(row):
@@ -485,16 +488,23 @@ def direct_row(row):
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0):
-    """{unseen, seen: {direct, agentic, evidence_hit (figures), kinds, forced, frames, missing}}: the MCR agent against
-    the same model answering directly, on the same rows with the same number of frames."""
+def direct_answers(model, processor, rows, root, batch_size=32, max_new=48):
+    """The model's own texts for rows that an agent can be measured on."""
     for row in rows:
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
         if row["task"] != "mcr" or absent:
             wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
             raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence")
-    direct = answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
-    own = [agent_row(model, processor, row, root, facts, budget)
+    return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
+
+
+def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0,
+                   without=(), direct=None):
+    """{unseen, seen: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, mended, broken, forced, frames,
+    missing}}: the MCR agent, `without` some of its parts, against the same model answering directly (with the texts
+    `direct`), on the same rows with the same number of frames. mended, broken: what verification made right, wrong."""
+    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new)
+    own = [agent_row(model, processor, row, root, facts, budget, without)
            for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False)]
     outs = [None] * len(rows)
     for part, done in enumerate(gather(own)):
@@ -506,9 +516,11 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, ba
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
             values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
                       "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      "evidence_hit": [out["hit"] for out in ran]}
+                      **{f"evidence_{how}": [out[how] for out in ran] for how in ("hit", "overlap")}}
+            change = Counter(b - mcq_reward(out["first"], row)
+                             for out, row, b in zip(ran, mine, values["agentic"]))
             result[group] = {"kinds": {name: by_kind(v, mine) for name, v in values.items()},
-                             "forced": sum(out["forced"] for out in ran),
+                             "forced": sum(out["forced"] for out in ran), "mended": change[1.0], "broken": change[-1.0],
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
@@ -545,14 +557,30 @@ def render(results):
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
     single = [(s, k) for s, k in (("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
                                   ("opd", "gap_closed")) if k in results.get(s, {})]
-    agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit")), block["forced"],
-              block["direct_n"]] for group, block in results.get("agent", {}).items()]
+    agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit", "evidence_overlap")),
+              *(block.get(k, "") for k in ("mended", "broken", "forced", "direct_n"))]
+             for group, block in results.get("agent", {}).items()]
     parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
              ("losses in nats per answer token", ["figure", "value"],
               [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
-             ("agent against a direct answer at the same number of frames; forced: the budget ran out",
-              ["evidence", "direct", "agentic", "cites it", "forced", "n"], agent)]
+             ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
+              "the evidence with IoU >= .3, touches it with > 0; verification mended, broke so many answers",
+              ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
     return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, header, lines in parts if lines)
+
+
+def render_agents(agents):
+    """{"full", "no memory", …: evaluate_agent's result} as markdown: by kind, then one row per agent."""
+    kinds, names = agents["full"].values(), ("direct", "agentic", "evidence_hit", "evidence_overlap")
+    by = [[kind, *(number(block["kinds"][name][kind]["value"]) for name in names), one["n"]]
+          for block in kinds for kind, one in block["kinds"]["direct"].items()]
+    parts = [[name, *(x for block in agent.values() for x in (cell(block, "agentic"), cell(block, "evidence_hit"),
+                                                            block["forced"], number(block["frames"])))]
+             for name, agent in agents.items()]
+    what = ("agentic", "cites it", "forced", "frames")
+    header = ["agent", *(f"{group} {x}" for group in agents["full"] for x in what)]
+    return table(["kind", "direct", "agentic", "cites it", "touches", "n"], by) + (
+        "\n\n" + table(header, parts) if len(agents) > 1 else "")
 
 
 def print_table(results):
@@ -988,10 +1016,15 @@ def run_data(args):
         print(render_scores(scores))
         return scores
     rows = pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
-    agent = evaluate_agent(model, processor, rows, Path(args.data).parent, args.facts, batch_size=args.batch,
-                           max_new=args.max_new, seed=args.seed)
-    print_table({"agent": agent})
-    return {"agent": agent, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
+    root, parts = Path(args.data).parent, mcr_agent.PARTS if args.ablate else ()
+    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new), {}
+    for name in (None, *parts):
+        agents[f"no {name}" if name else "full"] = evaluate_agent(
+            model, processor, rows, root, args.facts, seed=args.seed, without=[name] if name else (), direct=direct)
+    print_table({"agent": agents["full"]})
+    print(f"\n{render_agents(agents)}")
+    result = {"agent": agents.pop("full"), "ablations": agents}
+    return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
 
 BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion}
@@ -1005,6 +1038,7 @@ def main():
     add("--train", metavar="F.jsonl", help="where the prior and constant-span baselines are fitted")
     add("--blind", action="store_true", help="one more baseline: the model looks at another clip")
     add("--agent", action="store_true", help="run the MCR agent on mcr rows, beside direct answers")
+    add("--ablate", action="store_true", help="with --agent: also without each of its parts in turn")
     add("--facts", metavar="DIR", help="the agent's search corpus (default: the one each row names)")
     add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")

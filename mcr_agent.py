@@ -51,6 +51,8 @@ from m2la import UserError
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
 ROUTES = ("global", "speech", "knowledge", "temporal", "fine-grained")          # question types (§3.4)
 VERDICTS = ("support", "contradict", "unclear")
+PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # to leave out, and
+                                                     # the kind of tools that go with it
 FORCED = '<tool_call>\n{"name": "answer", "arguments": {"text": "'                # how a forced answer begins
 RESERVE = 192                                        # tokens kept back for the forced answer and its prompt
 FPS = 2.0                                            # frames per second of a view that does not say
@@ -540,7 +542,7 @@ def verify(run, claim, evidence):
 def answer(run, text, evidence):
     """Ends the rollout, unless its verification contradicts: that reopens it once, while a call is left."""
     run.conclude(text, evidence)
-    if run.verifying and evidence:
+    if "verification" not in run.without and evidence:
         run.verdict = run.check_answer(text, evidence)
     again = run.verdict[0] == "contradict" and not run.reopened and run.calls < run.budget.calls
     run.reopened |= again
@@ -593,13 +595,13 @@ def check_window(start, end, duration):
     return inside, "" if inside == (start, end) else f" (clipped: {limit})"
 
 
-def check_call(call, duration):
-    """A call, against the schema → Action; BadCall says what is wrong."""
+def check_call(call, duration, tools):
+    """A call, against the schema of the tools there are → Action; BadCall says what is wrong."""
     fits = type(call) is dict and set(call) == {"name", "arguments"} and type(call["arguments"]) is dict
     call_needs(fits, 'a call is {"name": …, "arguments": {…}}')
     name, arguments, note = call["name"], dict(call["arguments"]), ""
-    call_needs(isinstance(name, str) and name in TOOLS, f"no tool {str(name)[:40]!r}: use one of {', '.join(TOOLS)}")
-    fields = TOOLS[name].fields
+    call_needs(isinstance(name, str) and name in tools, f"no tool {str(name)[:40]!r}: use one of {', '.join(tools)}")
+    fields = tools[name].fields
     for f in arguments:
         call_needs(f in fields, f"{name} has no {f[:40]!r}")
     for f, kind in fields.items():
@@ -666,10 +668,13 @@ class Result:
 class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
-    def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
+    def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, without=(),
                  system=SYSTEM, memory=(), listen=None, search=None, trace=lambda record: None):
         """listen(video, start, end) → [(start, end, text)]: a speech model, where there are no subtitles.
-        search(query) → [(source, text)], best first, instead of the folder `facts`."""
+        search(query) → [(source, text)], best first, instead of the folder `facts`. without: of PARTS, to see what each
+        is good for."""
+        for name in without:
+            need(name in PARTS, f"part {name!r}: leave out one of {', '.join(PARTS)}")
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
@@ -677,10 +682,11 @@ class Rollout:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
         self.question = sanitise(question)
-        self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
+        self.budget, self.given_route, self.without, self.trace = budget or Budget(), route, without, trace
+        self.tools = {k: tool for k, tool in TOOLS.items() if tool.kind not in [PARTS[name] for name in without]}
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
         self.listen, self.search = listen, search
-        self.memory, self.V = Memory(memory), [(0.0, self.duration)]
+        self.memory, self.V = Memory(() if "memory" in without else memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
         self.calls, self.records, self.thought, self.recalled = 0, [], "", ""
@@ -737,6 +743,8 @@ class Rollout:
     def route(self):
         """Question routing (§3.4): how likely each question type is as the model's own first word. A soft prior: the
         likeliest, or the given one, opens the first thought and forbids nothing."""
+        if "routing" in self.without:
+            return {}
         if self.given_route:
             return {self.given_route: 1.0}
         scores = torch.tensor(self.model.score(ROUTES, opening="<think>"))
@@ -757,7 +765,7 @@ class Rollout:
         try:
             A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
             if call:
-                A = check_call(json.loads(call[1]), self.duration)
+                A = check_call(json.loads(call[1]), self.duration, self.tools)
             call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
             if A.name == "answer" and self.options:
                 named = option_of(A.arguments["text"], self.options)
@@ -821,7 +829,7 @@ class Rollout:
         began, exhausted, prior, F = time.monotonic(), self.spent(), {}, Feedback("")
         if not exhausted:
             prior = self.route()
-            how = {"opening": "<think>", "first": max(prior, key=prior.get)}
+            how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
                     options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
                     recalled=self.recalled)
@@ -968,7 +976,7 @@ def main():
     parser.add_argument("--memory", metavar="DIR", help="caption the video first, once: its memory is kept in DIR")
     parser.add_argument("--prompt", default=PROMPT, help="asked of each clip for --memory (default: %(default)s)")
     parser.add_argument("--route", choices=ROUTES, help="question type, instead of the model's choice")
-    parser.add_argument("--no-verify", action="store_true", help="answer without a second look")
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=(), help="parts of the agent to leave out")
     parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
     group = parser.add_argument_group("budget, all hard")
     abouts = ("assistant turns", "different frames shown", "tokens of all contexts", "wall clock",
@@ -1008,7 +1016,7 @@ def main():
             probe(args.video)                        # what is wrong with the file is said before it is captioned
             memory = build_memory(args.video, args.memory, captioner(LiveModel(model, processor, 1), args.prompt), by)
         records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
-                            route=args.route, verify=not args.no_verify, system=system, memory=memory,
+                            route=args.route, without=args.without, system=system, memory=memory,
                             trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))

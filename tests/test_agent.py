@@ -383,9 +383,18 @@ def test_contradiction_without_a_call_left_stays_the_answer(clip):
     assert (result.answer, result.verdict, result.budget_exhausted) == ("blue (B)", "contradict", "")
 
 
-def test_no_verify_takes_no_second_look(clip):
-    result, model = rollout(clip, [final()], ["contradict"], verify=False)
+def test_parts_can_be_left_out(clip):
+    result, model = rollout(clip, [final()], ["contradict"], without=["verification"])
     assert model.looks == [] and (result.answer, result.verdict) == ("red (A)", "unclear")
+    result, _ = rollout(clip, [call("view", start=1, end=2), final()], without=["zoom"])
+    assert feedback(result).startswith("error: no tool 'view': use one of video_segmentation") and result.steps == 2
+    known = Memory([mcr_agent.Entry("scene", "a red wall", 30.0, 40.0, "captions")])
+    result, model = rollout(clip, [call("memory_read", query="red"), final()], memory=known, without=["memory"])
+    assert feedback(result).startswith("error: no tool 'memory_read'") and "red wall" not in str(model.messages)
+    result, model = rollout(clip, [final()], without=["routing"])
+    assert model.openings == [""] and result.route == {} and result.verdict == "support"
+    with pytest.raises(UserError, match="part 'eyes'"):
+        rollout(clip, [], without=["eyes"])
 
 
 @pytest.mark.parametrize("text, evidence, verdict", [

@@ -287,12 +287,15 @@ def test_a_limit_is_a_seeded_sample_in_file_order():
 def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch):
     asked, prompts = [], []
 
-    def run_agent(live, video, question, options, budget, facts):
+    def run_agent(live, video, question, options, budget, facts, without):
         if Path(video).name == "gone.mp4":
             raise iv3.MediaError(f"{video}: no such file")
         asked.append((Path(video).name, question, options, budget.frames, facts))
         answer, evidence = ("blue (B)", [(1.0, 2.5)]) if Path(video).name == "a.mp4" else ("red (A)", [(0.0, 6.0)])
-        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8)
+        first = {"text": "red (A)" if answer == "blue (B)" else "blue (B)"}
+        first = {"record": "step", "action": "answer", "arguments": first}
+        trace = [{"record": "start"}, {**first, "action": "view"}, first]
+        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8, trace=trace)
 
     def answer_rows(model, processor, rows, *args, **kwargs):
         prompts.extend(rows)
@@ -311,6 +314,26 @@ def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch)
     assert (unseen["direct"], unseen["agentic"], unseen["agentic_n"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 3)
     assert unseen["evidence_hit"] == pytest.approx(1 / 3) and (unseen["forced"], unseen["missing"]) == (2, 1)
     assert unseen["kinds"]["agentic"]["brief"] == {"value": 1.0, "n": 1} and seen["agentic"] == 1
+    assert unseen["evidence_overlap"] == pytest.approx(2 / 3) and seen["evidence_overlap"] == 1     # IoU 1/1.5, 1/6
+    assert [(g["mended"], g["broken"]) for g in (unseen, seen)] == [(1, 1), (1, 0)]
+
+
+def test_the_command_ablates_the_agent(world, monkeypatch, capsys):
+    data = write_rows(world.root / "agent.jsonl", [agent_test("a.mp4", "brief")])
+    left_out = []
+
+    def run_agent(*args, **how):
+        left_out.append(list(how["without"]))
+        return SimpleNamespace(answer="blue (B)", evidence=[], budget_exhausted="", frames=8, trace=[])
+    monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
+    monkeypatch.setattr(evaluation, "answer_rows", lambda *_, **__: ["red (A)"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--data", data, "--model", str(world.root / "model"), "--agent",
+                                      "--ablate", "--json", str(world.root / "ablate.json")])
+    evaluation.main()
+    assert left_out == [[], ["memory"], ["routing"], ["verification"], ["zoom"]]
+    result, out = json.loads((world.root / "ablate.json").read_text()), capsys.readouterr().out
+    assert list(result["ablations"]) == ["no memory", "no routing", "no verification", "no zoom"]
+    assert out.count("\n| no ") == 4 and "\n| brief" in out and result["agent"]["unseen"]["agentic_n"] == 1
 
 
 def test_agent_takes_agent_rows(world):
