@@ -702,13 +702,13 @@ def free_memory(device):                                                        
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def timed(run, device):
+def timed(run, device, clock=time.perf_counter):
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
-    start = time.perf_counter()
+    start = clock()
     run()
     wait()
-    return (time.perf_counter() - start) * 1e3                                   # ms
+    return (clock() - start) * 1e3                                               # ms
 
 
 def decode_row(models, context, steps, device, copied):
@@ -786,7 +786,9 @@ def prefilled(model, cache, start, stop):
 def agent_cache_rows(models, first, new, steps, device):
     """A row for each step of a rollout whose context starts with `first` tokens and grows by `new` a step. Summed over
     steps: seconds and MB written of the live cache, which prefills what is new, and of a context rebuilt at each step.
-    `difference`: of the two caches' rows, at most. A time is the best of three: other work only slows."""
+    `difference`: of the two caches' rows, at most. A time is the best of three; on a CPU it is the process's own, which
+    other work on the machine hardly changes."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
     rows, live, sums, end = [], {}, Counter(), first + new * steps
     seen = int(vision_of(0, end).sum())
     for kind, model in models.items():
@@ -801,7 +803,7 @@ def agent_cache_rows(models, first, new, steps, device):
                 times, run = [], functools.partial(prefilled, model, cache, begin, stop)
                 for _ in range(3):
                     cache.truncate(begin)
-                    times.append(timed(run, device) / 1e3)
+                    times.append(timed(run, device, clock) / 1e3)
                 sums[kind, way, "s"] += min(times)
                 sums[kind, way, "written_mb"] += cache.nbytes() / stop * (stop - begin) / 1e6
             pairs = [(a, b) for i in range(model.cfg.layers) for a, b in zip(live[kind].view(i), rebuilt.view(i))]

@@ -9,6 +9,7 @@ Question Q, observation V, action A, feedback F, context C, reasoning R. For i =
     C_{i+1}  = C_i ⊕ (R_i, A_{i+1}, F_{i+1})            (5) extend     appends to the live cache
 
     python mcr_agent.py clip.mp4 "Which word is said at 34 seconds?" --options oak maple river --trace t.jsonl
+    python mcr_agent.py clip.mp4 "What happens?" --url http://localhost:8000/v1 --api-model NAME    # any other model
     python mcr_agent.py --replay t.jsonl                # prints the same rollout again, without a model
 
 Differs from the paper, or fills what it leaves open:
@@ -27,11 +28,14 @@ import base64
 import functools
 import hashlib
 import html
+import http.client
 import json
 import math
+import os
 import re
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -178,6 +182,130 @@ class LiveModel:
         return math.exp(sum(inside)) if start >= 0 and words else 0.0
 
 
+# ------------------------------------------------------------------------------ the model, behind the user's URL
+class ModelFailed(UserError):
+    """The model gave no reply: the rollout ends and says so."""
+
+
+def within(deadline, function, *arguments, most=60.0):
+    """function(*arguments), given up at the deadline or after `most` seconds: a server that hangs, or a function of the
+    user, does not hang the rollout. The thread stays behind."""
+    box, seconds = [], max(0.0, min(most, deadline - time.monotonic()))
+
+    def work():
+        try:
+            box.append((function(*arguments), None))
+        except Exception as e:
+            box.append((None, e))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    need(box, f"no reply in {seconds:g} seconds", TimeoutError)
+    value, error = box[0]
+    if error:
+        raise error
+    return value
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The user named one host; frames and the key go nowhere else."""
+    redirect_request = lambda *_: None               # noqa: E731
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible URL, in LiveModel's place. Tool calls are text of our format; frames travel
+    as PNG data URLs behind their times. A request holds the whole context (only the server can keep a prefix), a turn
+    cannot be opened for the model, choices are asked for, not scored. Tokens are estimates: 4 letters, 256 an image."""
+
+    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0):
+        need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
+        self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
+        self.capacity, self.tokens, self.side, self.prefilled, self.messages = capacity, 0, 0, 0, []
+
+    def convert(self, message):
+        """→ a message of the API, its tokens. Tool text is quoted in a user turn, as Qwen's chat template does it."""
+        role, content, parts = message["role"], message["content"], []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] == "text":
+                text = item["text"] if role != "tool" else f"<tool_response>\n{item['text']}\n</tool_response>"
+                parts.append({"type": "text", "text": text})
+                continue
+            video = read_video(item["video"], **{k: v for k, v in item.items() if k not in ("type", "video")})
+            for t, frame in zip(video.times, video.frames):
+                data = base64.b64encode(png(frame, 1024)).decode()
+                parts += [{"type": "text", "text": f"<{t:.1f} seconds>"},
+                          {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
+        tokens = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else 256 for p in parts)
+        return {"role": "user" if role == "tool" else role, "content": parts}, tokens
+
+    def request(self, messages, max_new, deadline=math.inf):
+        turns = []
+        for m in messages:                           # user turns in a row become one: some servers want no two in a row
+            if turns and turns[-1]["role"] == m["role"]:
+                m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
+            turns.append(m)
+        turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
+        body = json.dumps({"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0}).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, body, headers)
+
+        def read():
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=self.timeout) as reply:
+                return reply.read(2 ** 22)
+        try:
+            text = json.loads(within(deadline, read, most=self.timeout))["choices"][0]["message"]["content"] or ""
+            return text[:16 * max_new].partition("</tool_call>")[0]      # a server may ignore max_tokens
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ModelFailed(f"{self.url}: {type(e).__name__}: {e}"[:300]) from e
+
+    def append(self, message, room=math.inf):
+        turn, tokens = self.convert(message)
+        if tokens > min(room, self.capacity - self.tokens):
+            return False
+        self.messages.append(turn)
+        self.tokens, self.prefilled = self.tokens + tokens, self.prefilled + tokens
+        return True
+
+    def generate(self, max_new, stop=(), opening="", first="", deadline=math.inf):
+        text = self.request(self.messages, max_new, deadline)
+        turn, tokens = self.convert({"role": "assistant", "content": text or "(nothing)"})
+        self.messages.append(turn)
+        self.tokens += tokens
+        return text
+
+    def ask(self, messages, max_new, room=math.inf):
+        turns, tokens = zip(*map(self.convert, messages))
+        need(sum(tokens) + max_new <= room, f"a separate look needs {sum(tokens) + max_new} tokens, {room} are left")
+        self.side += sum(tokens) + max_new
+        return self.request(turns, max_new)
+
+    def score(self, choices, opening="", messages=None, room=math.inf):
+        """0 for the choice that the model names, -9 for others. A route it does not name stays open."""
+        if messages is None and opening == FORCED:   # the forced turn itself names the option
+            return [0.0] * len(choices)
+        question, tokens = self.convert({"role": "user", "content": f"Name what fits, one word: {', '.join(choices)}."})
+        self.side += 0 if messages else tokens + 16  # `ask` counts its own
+        try:
+            reply = self.ask(messages, 16, room) if messages else self.request([*self.messages, question], 16)
+        except ModelFailed:
+            if messages:
+                raise
+            reply = ""
+        named = [c for c in choices if re.search(rf"\b{re.escape(c)}", reply.lower())]
+        need(named or not messages, f"the model named none of {', '.join(choices)}")
+        return [-9.0 * (len(named) == 1 and c != named[0]) for c in choices]
+
+    def likelihood(self, words):
+        return None                                  # the API tells no probabilities
+
+    def mark(self):
+        return self.tokens, len(self.messages)
+
+    def rewind(self, mark):
+        self.side, self.tokens = self.side + self.tokens - mark[0], mark[0]
+        del self.messages[mark[1]:]
+
+
 # -------------------------------------------------------------------------------------------------------- memory
 def words(text):
     return re.findall(r"[^\W_]+", text.lower())
@@ -233,6 +361,10 @@ def frame_times(*window, **how):
 def short(x):
     """Seconds as messages have them: 34.0 → "34", 33.25 → "33.25"."""
     return f"{round(x, 2):g}"
+
+
+def chance(p):
+    return "unknown" if p is None else f"{p:.2f}"
 
 
 def exact(start, end):
@@ -455,26 +587,6 @@ def video_segmentation(run, start=0.0, end=None):
     return Feedback(f"{len(scenes)} scenes: " + ", ".join(exact(*span) for span in scenes))
 
 
-def within(deadline, function, *arguments):
-    """function(*arguments), the user's, given up at the deadline or after a minute: a server that hangs does not hang
-    the rollout. The thread stays behind."""
-    box, seconds = [], max(0.0, min(60.0, deadline - time.monotonic()))
-
-    def work():
-        try:
-            box.append((function(*arguments), None))
-        except Exception as e:
-            box.append((None, e))
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    need(box, f"no reply in {seconds:.0f} seconds", TimeoutError)
-    value, error = box[0]
-    if error:
-        raise error
-    return value
-
-
 def asr(run, start, end):
     heard = run.memory.find(start=start, end=end, source="subtitles", most=40)
     if not run.memory.find(source="subtitles"):
@@ -517,7 +629,7 @@ def temporal_grounding(run, query, start=None, end=None):
     if not start < end:
         return Feedback(f"not found: {query}")
     run.memory.add("note", query, start, end, "temporal_grounding")
-    return Feedback(f"{exact(start, end)} seconds (score {run.model.likelihood(span[0]):.2f})")
+    return Feedback(f"{exact(start, end)} seconds (score {chance(run.model.likelihood(span[0]))})")
 
 
 def memory_read(run, query=None, start=None, end=None):
@@ -654,13 +766,13 @@ def claim_of(question, answer, thought):
 class Result:
     answer: str
     evidence: list                                   # [(start, end)] seconds
-    confidence: float                                # probability that the model gave to the answer's text
+    confidence: float | None                         # probability that the model gave to the answer's text, if known
     verdict: str                                     # support | contradict | unclear
     steps: int                                       # assistant turns, the forced one not counted
     frames: int                                      # different frames shown
     tokens: int                                      # of the live context and of all separate contexts
     prefilled: int                                   # tokens prefilled into the live context, each once
-    budget_exhausted: str                            # "", or which of calls, frames, tokens, seconds ran out
+    budget_exhausted: str                            # "", what ran out (calls, frames, tokens, seconds), or "model"
     route: dict                                      # question type → probability
     trace: list                                      # the records that a trace file holds
 
@@ -835,7 +947,11 @@ class Rollout:
                     recalled=self.recalled)
         while not exhausted and not F.final:
             began, frames = time.monotonic(), len(self.seen)
-            R = self.reason(**how)                                                                   # Eq. 1
+            try:
+                R = self.reason(**how)                                                               # Eq. 1
+            except ModelFailed as e:
+                exhausted = self.failed(e, began)
+                break
             A = self.act(R)                                                                          # Eq. 2
             try:
                 F = self.feedback(A)                                                                 # Eq. 3
@@ -846,12 +962,20 @@ class Rollout:
                 F, exhausted = Feedback(f"error: no {e} left"), str(e)
             self.step(A, F, began, len(self.seen) - frames)
             how = {}
-        if exhausted:
-            self.force()
+        if exhausted not in ("", "model"):
+            try:
+                self.force()
+            except ModelFailed as e:
+                self.failed(e, began)
         result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls, len(self.seen),
                         self.model.tokens + self.model.side, self.model.prefilled, exhausted, prior, self.records)
         self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
         return result
+
+    def failed(self, error, began):
+        self.thought = ""
+        self.step(Action("", {}), Feedback(f"error: {sanitise(error, 400)}"), began, 0)
+        return "model"
 
     def conclude(self, text, evidence):
         self.answer, self.evidence, self.verdict = text, evidence, ("unclear", "not verified")
@@ -929,9 +1053,10 @@ def describe(r):
         return f"[{r['step']}] {r['reason']}\n{call}\n→ {r['feedback']}\n{cost}".replace("\n", "\n    ")
     if r["record"] == "compress":
         return f"    context: {r['before']} → {r['after']} tokens, in its place: {r['text']}".replace("\n", "\n    ")
-    lost = f" (budget exhausted: {r['budget_exhausted']})" if r["budget_exhausted"] else ""
+    lost = r["budget_exhausted"] and f" (budget exhausted: {r['budget_exhausted']})"
+    lost = " (the model failed)" if r["budget_exhausted"] == "model" else lost
     return (f"answer: {r['answer']}{lost}\nevidence: {listed(r['evidence']) or 'none'} seconds\n"
-            f"verdict: {r['verdict']}, confidence {r['confidence']:.2f}\ncost: {r['steps']} calls, "
+            f"verdict: {r['verdict']}, confidence {chance(r['confidence'])}\ncost: {r['steps']} calls, "
             f"{r['frames']} frames, {r['tokens']} tokens, {r['prefilled']} of them prefilled")
 
 
@@ -972,6 +1097,9 @@ def main():
     parser.add_argument("question", nargs="?")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="options of a multiple-choice question")
     parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
+    parser.add_argument("--url", help="an OpenAI-compatible server (http://host/v1) in place of --model: frames and "
+                        "questions are sent there, with the key in the variable MCR_API_KEY if it is set")
+    parser.add_argument("--api-model", metavar="NAME", default="default", help="model's name at --url")
     parser.add_argument("--facts", metavar="DIR", help="folder of .txt documents for web_search")
     parser.add_argument("--memory", metavar="DIR", help="caption the video first, once: its memory is kept in DIR")
     parser.add_argument("--prompt", default=PROMPT, help="asked of each clip for --memory (default: %(default)s)")
@@ -997,9 +1125,14 @@ def main():
         print(text)
     else:
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        directory = find_model(args.model)
-        model, processor = load_model(directory, device, dtype)
+        if args.url:
+            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""))
+            asked = live
+        else:
+            device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+            directory = find_model(args.model)
+            loaded = load_model(directory, device, dtype)
+            live, asked = (LiveModel(*loaded, tokens) for tokens in (budget.tokens, 1))
         if args.trace:
             Path(args.trace).write_text("")
 
@@ -1009,12 +1142,12 @@ def main():
                 with open(args.trace, "a") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-        live, system = LiveModel(model, processor, budget.tokens), SYSTEM + tools_prompt() * args.tools_prompt
-        memory = ()
+        system, memory = SYSTEM + tools_prompt() * (args.tools_prompt or bool(args.url)), ()
         if args.memory:
-            by = [str(directory.resolve()), max(f.stat().st_mtime_ns for f in directory.iterdir()), args.prompt]
             probe(args.video)                        # what is wrong with the file is said before it is captioned
-            memory = build_memory(args.video, args.memory, captioner(LiveModel(model, processor, 1), args.prompt), by)
+            by = [args.url, args.api_model] if args.url else [str(directory.resolve()), max(
+                f.stat().st_mtime_ns for f in directory.iterdir())]
+            memory = build_memory(args.video, args.memory, captioner(asked, args.prompt), [*by, args.prompt])
         records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
                             route=args.route, without=args.without, system=system, memory=memory,
                             trace=trace).trace
