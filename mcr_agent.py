@@ -801,7 +801,7 @@ class Rollout:
         self.memory, self.V = Memory(() if "memory" in without else memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
-        self.calls, self.records, self.thought, self.recalled = 0, [], "", ""
+        self.calls, self.records, self.thought, self.recalled, self.shrunk = 0, [], "", "", {}
         self.last = self.source = ""                 # last tool; last one that gave evidence
         self.begin(system)
 
@@ -931,7 +931,7 @@ class Rollout:
         text = sanitise("\n".join([belief, *(f"{exact(e.start, e.end)}: {e.content}" for e in notes)]))
         self.C.rewind(self.head)
         self.tell(text)
-        self.record("compress", began, step=self.calls, before=before, after=self.C.tokens, text=text)
+        self.shrunk = dict(began=began, step=self.calls, before=before, after=self.C.tokens, text=text)
 
     def look(self, F):
         """Eq. 4: V_{i+1} ~ δ(V_i | C_{i+1}): a perceptive action adds an evidence window, others keep V_i."""
@@ -1026,6 +1026,9 @@ class Rollout:
         self.record("step", began, step=self.calls, reason=self.thought, action=A.name or "malformed",
                     kind=TOOLS[A.name].kind if A.name else "malformed", arguments=A.arguments, frames=frames,
                     feedback=F.text, tokens=self.model.tokens + self.model.side)
+        if self.shrunk:                              # during this step; told after it
+            self.record("compress", **self.shrunk)
+            self.shrunk = {}
 
     def record(self, record, began=None, **values):
         ms = {} if began is None else {"ms": round(1000 * (time.monotonic() - began), 1)}
@@ -1063,6 +1066,7 @@ def describe(r):
 def read_trace(path):
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+        timeline(records)                            # what the page needs is there too
         return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a trace of this agent ({e})") from e
@@ -1076,19 +1080,58 @@ def png(frame, side=256):
     return b"".join(map(bytes, encoder.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))))
 
 
-def page(records):
-    """One self-contained HTML page: the rollout and, at its end, up to eight frames of each evidence span."""
-    style = ("body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;border-left:"
-             "4px solid #bbb;padding:.3em 1em}.perceptive{border-color:#27c}.malformed{border-color:#c33}"
-             ".termination{border-color:#292}img{height:128px;image-rendering:pixelated;margin:2px}")
-    parts = [f"<pre class={r.get('kind', r['record'])}>{html.escape(describe(r))}</pre>" for r in records]
+COLOURS = {"view": "#27c", "asr": "#d80", "verify": "#939", "answer": "#292"}        # others: grey
+
+
+def timeline(records):
+    """Inline SVG: the spans that each kind of action was about, numbered by step; the final evidence behind them."""
+    duration, lanes = float(records[0]["duration"]), {}
+    for r in (r for r in records if r["record"] == "step"):
+        given, found = r["arguments"], re.match(r"([\d.]+) to ([\d.]+) seconds \(score", r["feedback"])
+        spans = [found.groups()] if found else [(given["start"], given["end"])] if "end" in given else []
+        for a, b in given.get("evidence") or spans:
+            lanes.setdefault(r["action"], []).append((float(a), float(b), r["step"]))
+    bottom, px, parts = 24 * len(lanes) + 6, lambda t: 130 + 780 * t / duration, []
     for a, b in records[-1].get("evidence", []):
-        video = read_video(records[0]["video"], a, b, FPS, 8)
+        parts.append(f'<rect x="{px(a):.1f}" width="{max(3, px(b) - px(a)):.1f}" height="{bottom}" fill="#cec"/>')
+    for row, (action, spans) in enumerate(lanes.items()):
+        parts.append(f'<text x="120" y="{24 * row + 19}" text-anchor="end">{html.escape(action)}</text>')
+        for a, b, step in spans:                     # an hour on 780 pixels: what is too narrow is shown 3 wide
+            parts.append(f'<a href="#step{int(step)}"><title>[{int(step)}] {exact(a, b)} seconds</title>'
+                         f'<rect x="{px(a):.1f}" y="{24 * row + 8}" width="{max(3, px(b) - px(a)):.1f}" height="14" '
+                         f'fill="{COLOURS.get(action, "#888")}" fill-opacity=".7"/></a>')
+    step = next(s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 1e9) if duration / s <= 12)
+    for t in np.arange(0, duration + 1e-6, step).tolist():
+        at = f"{int(t) // 3600}:{int(t) // 60 % 60:02d}:{int(t) % 60:02d}" if duration >= 3600 else (
+            f"{int(t) // 60}:{int(t) % 60:02d}")
+        parts.append(f'<path d="M{px(t):.1f} {bottom}v5" stroke="#333"/><text x="{px(t):.1f}" y="{bottom + 18}" '
+                     f'text-anchor="middle">{at}</text>')
+    return (f'<svg viewBox="0 0 940 {bottom + 24}" font-size="12" font-family="sans-serif">{"".join(parts)}'
+            f'<path d="M130 {bottom}h780" stroke="#333"/></svg>')
+
+
+def page(records):
+    """One self-contained HTML page: question, answer, timeline, up to eight frames of each evidence span, the steps."""
+    style = ("body{font:15px sans-serif;max-width:64em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap;"
+             "overflow-wrap:anywhere;border-left:4px solid #bbb;padding:.3em 1em}.perceptive{border-color:#27c}"
+             ".malformed{border-color:#c33}.termination,.end{border-color:#292}"
+             "img{height:128px;image-rendering:pixelated;margin:2px}"
+             "figure{display:inline-block;margin:0;font-size:12px;text-align:center}")
+    steps = [f"<pre id=step{r.get('step', 0)} class={html.escape(str(r.get('kind', r['record'])))}>"
+             f"{html.escape(describe(r))}</pre>" for r in records]
+    parts = [steps[0], steps[-1], timeline(records)]
+    for a, b in records[-1].get("evidence", []):
         parts.append(f"<h3>{listed([(a, b)])} seconds</h3>")
+        try:
+            video = read_video(records[0]["video"], a, b, FPS, 8)
+        except UserError as e:                       # a replay, and the video is elsewhere
+            parts.append(f"<p>no frames: {html.escape(str(e))}</p>")
+            continue
         for frame, t in zip(video.frames, video.times):
             data = base64.b64encode(png(frame)).decode()
-            parts.append(f'<img title="{t:.1f} s" src="data:image/png;base64,{data}">')
-    return f"<!doctype html><meta charset=utf-8><title>MCR</title><style>{style}</style>" + "\n".join(parts)
+            parts.append(f'<figure><img src="data:image/png;base64,{data}"><br>{t:.1f} s</figure>')
+    return (f"<!doctype html><meta charset=utf-8><title>MCR</title><style>{style}</style>"
+            + "\n".join([*parts, "<h3>steps</h3>", *steps[1:-1]]))
 
 
 def main():

@@ -5,10 +5,12 @@ import http.server
 import io
 import json
 import math
+import re
 import sys
 import threading
 import time
 from fractions import Fraction
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -214,6 +216,7 @@ def test_summarize_can_shrink_the_context_and_memory_keeps_everything(clip):
         model.cost(model.messages[2])
     assert feedback(result, 3) == "33.0 to 37.0 [note] a red square.\n0.0 to 60.0 [belief] " + text.split("\n")[0]
     assert result.answer == "red (A)" and "in its place: hypothesis" in mcr_agent.describe(record)
+    assert [r["record"] for r in result.trace] == ["start", *["step"] * 3, "compress", "step", "step", "end"]
     result, _ = rollout(clip, [call("summarize", compress=1), final()])
     assert feedback(result) == "error: compress must be true or false"
 
@@ -534,6 +537,21 @@ def test_replay_prints_what_was_printed(clip, tmp_path, monkeypatch, capsys):
     assert (code, again) == (0, live)
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 4 and "src=\"http" not in text and "malformed" in text
+    picture = ElementTree.fromstring(re.search("<svg.*</svg>", text)[0])
+    spans = [(link.get("href"), *(float(link[1].get(k)) for k in ("x", "width"))) for link in picture.iter("a")]
+    x = pytest.approx(130 + 780 * 33 / 60, abs=0.1)                      # 33 to 37 seconds of 60, then 33 to 35
+    assert spans == [("#step1", x, 52), ("#step3", x, 26)] and 'id=step3 class=termination' in text
+    assert [t.text for t in picture.iter("text")][:4] == ["view", "answer", "0:00", "0:05"]
+    records, _ = mcr_agent.read_trace(trace)
+    records[1] |= {"arguments": {"query": "x"}, "feedback": "6.0 to 12.0 seconds (score 0.75)"}
+    found = ElementTree.fromstring(mcr_agent.timeline(records))
+    assert [float(r.get("width")) for r in found.iter("rect")][:2] == [26, 78]             # evidence, candidate
+    records[0] |= {"video": "gone.mp4", "duration": 7200.0, "question": "<script>"}
+    moved = mcr_agent.page(records)
+    assert "no frames: gone.mp4" in moved and "<script>" not in moved and ">1:10:00<" in moved
+    trace.write_text(trace.read_text().replace('"end": 37', '"end": "soon"'))
+    code, _, error = run_main(monkeypatch, capsys, "--replay", trace, "--html", page)
+    assert code == 2 and "not a trace" in error and page.read_text() == text
 
 
 def test_the_command_names_mistakes(clip, tmp_path, monkeypatch, capsys):
