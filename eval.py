@@ -10,14 +10,20 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
     python eval.py --data MCR.jsonl --agent [--ablate] [--jobs 2]                     # agent against a direct answer
+    python eval.py --data F.jsonl --out DIR [--resume]                                # and a record of every sample
+    python eval.py --compare A B                        # those of two runs, paired: two DIRs, or two stages of a recipe
+    python eval.py --report runs/tiny                   # one page about a recipe: curves, tables, five answers
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
     python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
 """
 import argparse
 import atexit
+import base64
 import functools
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -39,6 +45,7 @@ from tqdm import tqdm
 
 import iv3
 import mcr_agent
+from iv3 import need
 from m2la import GQA, Calibration, ConvertSpec, UserError, convert_layers, mrope, rotate
 
 UNSEEN = ("brief", "speech", "fact")         # mcr kinds whose evidence a coarse pass over the clip cannot hold
@@ -58,7 +65,7 @@ def parse_letter(text, options):
     if whole := re.fullmatch(rf"\W*{one}\W*", text, re.I):                                  # B   (b)   B.
         return whole[1].upper()
     several = len(set(re.findall(rf"\({one}\)", text))) > 1
-    words, low = [" ".join(o.lower().split()) for o in options], " ".join(text.lower().split())
+    words, low = [" ".join(o.lower().split()).rstrip(".") for o in options], " ".join(text.lower().split())
     found = [w for w in words if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", low)]
     found = [w for w in found if not any(w != v and w in v for v in found)]                 # "star" inside "red star"
     named = LETTERS[words.index(found[0])] if len(found) == 1 == words.count(found[0]) else None
@@ -68,6 +75,30 @@ def parse_letter(text, options):
         return None
     letter = cues[-1] if cues else edge[1] if edge else named
     return letter if named in (None, letter) else None
+
+
+def first_capital(text):
+    """Video-MME: the first capital A-D anywhere. In the script's list of phrases to delete two commas are missing, so
+    "Best answer: C" is a B there, and here."""
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        text = text.replace(phrase, "")
+    return (re.findall("[ABCD]", text) or [""])[0]
+
+
+def before_bracket(text):
+    """MLVU: the character before the first ")", or all of the text, is exactly the letter."""
+    at = text.find(")")
+    return text if at < 0 else text[max(0, at - 1):at]
+
+
+def polished(text):
+    """LVBench: what is before the first ")", then after "(", then its first character."""
+    return text.strip().split(")")[0].strip().split("(", 2)[:2][-1].strip()[:1]
+
+
+# How the official scripts find the letter in an answer, and which answers (text or None, letter) they count at all.
+OFFICIAL = {"videomme": (first_capital, lambda text, letter: letter), "mlvu": (before_bracket, lambda *_: True),
+            "lvbench": (polished, lambda text, letter: text is not None)}
 
 
 TIME = r"(?<![\d.:])(\d{1,6}(?::\d{1,2}){0,2}(?:\.\d+)?)(?![\d:])"                          # 12.5   1:05   1:02:03
@@ -150,6 +181,21 @@ def by_kind(values, rows):
     return {kind: {"value": float(np.mean(v)), "n": len(v)} for kind, v in sorted(kinds.items())}
 
 
+def by_group(values, rows):
+    """{name: {label: {value, n}}} of the rows' `groups`: {name: label, or labels, each of which counts the row}."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for value, row in zip(values, rows):
+        for name, labels in row.get("groups", {}).items():
+            for label in labels if isinstance(labels, list) else [labels]:
+                groups[name][label].append(float(value))
+    return {name: {label: {"value": float(np.mean(v)), "n": len(v)} for label, v in sorted(labels.items())}
+            for name, labels in groups.items()}
+
+
+def macro(kinds):
+    return float(np.mean([k["value"] for k in kinds.values()])) if kinds else None
+
+
 def recall(values, threshold):
     """R1@t: IoU >= t, safe at equality (3/10 computed from two spans can miss 0.3 by one rounding step)."""
     return (np.asarray(values) >= threshold - 1e-9).astype(float)
@@ -165,20 +211,39 @@ def clip_of(row):
     return next((item[item["type"]] for item in media_items(row)), row["id"])
 
 
+def official_mcq(texts, rows):
+    """{acc, acc_n, macro, kinds, groups} as the benchmark's own script gives them for the same answers (of a thinking
+    model: what follows the thinking). Empty if the rows are of no benchmark, or of one that has no script for texts."""
+    names = {row.get("official") for row in rows}
+    if len(names) > 1 or not names <= OFFICIAL.keys():
+        return {}
+    extract, counts = OFFICIAL[names.pop()]
+    picked = [(extract(final_text(text)), text, row) for text, row in zip(texts, rows)]
+    picked = [(letter, row) for letter, text, row in picked if counts(text, letter)]
+    values, rows = [float(letter == row["answer"] != "") for letter, row in picked], [row for _, row in picked]
+    kinds = by_kind(values, rows)
+    return {"official": {"acc": float(np.mean(values)) if values else None, "acc_n": len(values), "macro": macro(kinds),
+                         "kinds": kinds, "groups": by_group(values, rows)}}
+
+
 def score_mcq(texts, rows, seed=0):
-    """Accuracy, its mean over kinds (`macro`, MLVU's M-Avg), and how often each letter was chosen."""
+    """Accuracy, its mean over kinds (`macro`, MLVU's M-Avg) and in each group, how often each letter was chosen, and
+    beside them what the benchmark's own script would say (`official`)."""
     picked = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
     values = [float(letter == row["answer"]) for letter, row in zip(picked, rows)]
     kinds = by_kind(values, rows)
-    return {**figure("acc", values, rows, seed), "macro": float(np.mean([k["value"] for k in kinds.values()])),
-            "kinds": kinds,
+    weight = np.array([1 / kinds[row.get("kind", row["task"])]["n"] for row in rows])       # every kind weighs the same
+    return {**figure("acc", values, rows, seed), "macro": macro(kinds), "kinds": kinds,
+            "macro_ci": interval(np.stack([weight * values, weight], 1), [clip_of(row) for row in rows], seed),
+            "groups": by_group(values, rows), **official_mcq(texts, rows),
             "letters": dict(sorted(Counter(filter(None, picked)).items())),
             "missing": texts.count(None), "unparsed": picked.count(None) - texts.count(None)}
 
 
 def score_grounding(texts, rows, seed=0):
     """mIoU and R1@0.3/0.5/0.7. Widths tell whether a gain is hedging: the predicted one is of the spans that run
-    forward, inside the video; a reversed one (`reversed`) is an error, not a wide guess."""
+    forward, inside the video; a reversed one (`reversed`) is an error, not a wide guess. `official`: Charades-STA's
+    own, with the spans as `annotated` and as predicted, cut to no video."""
     spans = [parse_span(text, turn=False) for text in texts]
     values = [grounding_reward(text, row) for text, row in zip(texts, rows)]
     result = figure("miou", values, rows, seed)
@@ -187,6 +252,11 @@ def score_grounding(texts, rows, seed=0):
     forward = [(span, row) for span, row in zip(spans, rows) if span and span[0] <= span[1]]
     widths = [min(end, row.get("duration", math.inf)) - start for (start, end), row in forward]
     result |= figure("width", np.maximum(widths, 0), [row for _, row in forward], seed)
+    if all("official" in row for row in rows):
+        raw = [iou(span, row.get("annotated", row["answer"])) if span else 0.0
+               for span, row in zip(map(parse_span, texts), rows)]
+        result["official"] = {"miou": float(np.mean(raw)), "miou_n": len(raw)}
+        result["official"] |= {f"r1_{p}": float(recall(raw, p / 100).mean()) for p in (30, 50, 70)}
     return {**result, "true_width": float(np.mean([row["answer"][1] - row["answer"][0] for row in rows])),
             "kinds": by_kind(values, rows), "missing": texts.count(None),
             "unparsed": spans.count(None) - texts.count(None),
@@ -351,14 +421,15 @@ def about_frames(row, root):
                for item, start, end in spans)
 
 
-def encoded_batches(processor, rows, root, batch_size, generation, name, missing):
+def encoded_batches(processor, rows, root, batch_size, generation, name, missing, known=()):
     """Yield (row numbers, Encoded list) of this process's batches. A prompt for generation leaves out the final answer.
-    An unreadable video is noted in `missing` and skipped: one bad file must not stop a run of hours."""
+    An unreadable video is noted in `missing` and skipped: one bad file must not stop a run of hours. A batch whose ids
+    are all `known` is left out; the others stay as they were, as a row's neighbours may change its last digits."""
     order = sorted(range(len(rows)), key=lambda i: (about_frames(rows[i], root), clip_of(rows[i])))
     with tqdm(total=len(rows), desc=name, disable=None, leave=False) as bar:
         for first in range(batch_size * rank(), len(rows), batch_size * world()):
-            batch = []
-            for i in order[first:first + batch_size]:
+            batch, numbers = [], order[first:first + batch_size]
+            for i in numbers if any(rows[i]["id"] not in known for i in numbers) else ():
                 messages = rows[i]["messages"][:-1] if generation else rows[i]["messages"]
                 try:
                     batch.append((i, processor.encode(messages, root, generation)))
@@ -372,44 +443,66 @@ def encoded_batches(processor, rows, root, batch_size, generation, name, missing
         print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; first {missing[0]}")
 
 
-def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=48, temperature=0.0, generator=None,
-                stats=None, name="answers"):
-    """One text per row, None where the video cannot be read. `stats`, a dict, receives the mean frames and tokens of
-    a prompt: what the number was made from."""
-    texts, frames, tokens, missing = [None] * len(rows), [], [], []
+def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, temperature=0.0, generator=None,
+                stats=None, name="answers", log=None):
+    """One text per row, None where the video cannot be read. `max_new`: by default that of the rows' preset, else 48.
+    `stats`, a dict, receives what the number was made from: max_new, each row's frames and prompt tokens (`samples`,
+    by id) and their means. `log`, a SampleLog, keeps every sample; what it has is not done again."""
+    known, own, missing = log.known(name) if log else {}, {}, []
+    max_new = max_new or max((row.get("preset", {}).get("max_new", 48) for row in rows), default=48)
     stop = processor.tokenizer.token_id("<|im_end|>")
-    for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing):
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing, known):
+        start = time.perf_counter()
         outs = iv3.generate(model, samples, stop, max_new, temperature, generator=generator)
-        for i, out in zip(numbers, outs):
-            texts[i] = out.text(processor.tokenizer)
-        frames += [sample.frames for sample in samples]
-        tokens += [len(sample.ids) for sample in samples]
-    frames, tokens = (sum(lists, []) for lists in zip(*gather((frames, tokens))))
-    if stats is not None and frames:
-        stats |= {"frames_per_sample": float(np.mean(frames)), "tokens_per_sample": float(np.mean(tokens))}
-    return [next((text for text in found if text is not None), None) for found in zip(*gather(texts))]
+        ms = (time.perf_counter() - start) * 1e3 / len(samples)
+        done = {i: {"text": out.text(processor.tokenizer), "frames": sample.frames, "tokens": len(sample.ids), "ms": ms}
+                for i, out, sample in zip(numbers, outs, samples)}
+        own |= done
+        if log:
+            log.add(name, [(rows[i], result) for i, result in done.items()])
+    results = [known.get(row["id"]) for row in rows]
+    for i, result in sum((list(part.items()) for part in gather(own)), []):
+        results[i] = result
+    lost = [(row, {"text": None}) for row, result in zip(rows, results) if result is None]
+    if log and lost and rank() == 0:
+        log.add(name, lost)
+    made = {row["id"]: {key: result[key] for key in ("frames", "tokens")} for row, result in zip(rows, results)
+            if result}
+    if stats is not None and made:
+        stats |= {f"{key}_per_sample": float(np.mean([seen[key] for seen in made.values()]))
+                  for key in ("frames", "tokens")} | {"samples": made, "max_new": max_new}
+    return [result and result["text"] for result in results]
 
 
 @torch.no_grad()
-def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss"):
+def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss", log=None):
     """Mean nats per answer token, and (n,2) [nats, answer tokens] per row for `interval`; unreadable rows weigh 0."""
-    table, was_training = np.zeros((len(rows), 2)), model.training
+    table, was_training, known = np.zeros((len(rows), 2)), model.training, log.known(name) if log else {}
     model.eval()
-    for numbers, samples in encoded_batches(processor, rows, root, batch_size, False, name, []):
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, False, name, [], known):
         hidden = model(**iv3.collate(samples, 0, model.device))                              # (B,T,D)
         for b, (i, sample) in enumerate(zip(numbers, samples)):
             at = sample.answer.nonzero()[:, 0]                     # token t is predicted from position t-1
             logp = torch.log_softmax(model.logits(hidden[b, at - 1]).float(), -1).cpu()      # (answer tokens, V)
             table[i] = -float(logp.gather(1, sample.ids[at][:, None]).sum()), len(at)
+        if log:
+            log.add(name, [(rows[i], {"nats": table[i, 0], "answer_tokens": table[i, 1]}) for i in numbers])
     model.train(was_training)
     table = sum(gather(table))
+    for i, row in enumerate(rows):
+        if not table[i].any() and row["id"] in known:
+            table[i] = [known[row["id"]][key] for key in ("nats", "answer_tokens")]
     return float(table[:, 0].sum() / max(1.0, table[:, 1].sum())), table
 
 
 def describe(model, rows, stats, seed, model_dir=None):
-    """What a result was made with; without it a number cannot be compared. Equal hashes mean equal prompts."""
+    """What a result was made with; without it a number cannot be compared. Equal hashes mean equal prompts and
+    settings of the same videos, wherever these lie. `preset`: what prepare.py wrote into the rows."""
+    rows = [edit_videos(row, lambda item: {**item, "video": Path(item["video"]).name}) for row in rows]
     prompts = json.dumps([[(m["role"], m["content"]) for m in row["messages"][:-1]] for row in rows], sort_keys=True)
+    presets = sorted({json.dumps(row["preset"], sort_keys=True) for row in rows if "preset" in row})
     return {"model": str(model_dir or "in memory"), "config": asdict(model.cfg), "seed": seed, **stats,
+            "preset": json.loads(f"[{','.join(presets)}]" if len(presets) != 1 else presets[0]),
             "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12]}
 
 
@@ -420,27 +513,28 @@ def pick_rows(rows, limit, seed=0):
     return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
 
 
-def evaluate(model, processor, data_file, train_file=None, limit=None, batch_size=32, max_new=48, blind=False,
-             seed=0, model_dir=None):
+def evaluate(model, processor, data_file, train_file=None, limit=None, batch_size=32, max_new=None, blind=False,
+             seed=0, model_dir=None, log=None):
     """Scores of a data file: {mcq, grounding, loss (of all other tasks), baselines, items (the reward of each asked
-    row), meta}, each if it has rows."""
+    row), texts, meta}, each if it has rows."""
     rows, root = pick_rows(iv3.load_rows(data_file), limit, seed), Path(data_file).parent
     asked = [row for row in rows if row["task"] in ("mcq", "grounding")]
     other = [row for row in rows if row["task"] not in ("mcq", "grounding")]
     result, stats = {}, {}
     if asked:
-        texts = answer_rows(model, processor, asked, root, batch_size, max_new, stats=stats)
+        texts = answer_rows(model, processor, asked, root, batch_size, max_new, stats=stats, log=log)
         for task, score in (("mcq", score_mcq), ("grounding", score_grounding)):
             part = [i for i, row in enumerate(asked) if row["task"] == task]
             if part:
                 result[task] = score([texts[i] for i in part], [asked[i] for i in part], seed)
         result["items"] = {row["id"]: reward(text, row) for text, row in zip(texts, asked)}
+        result["texts"] = {row["id"]: text for text, row in zip(texts, asked)}
         elsewhere = answer_rows(model, processor, blind_rows(asked), root, batch_size, max_new,
-                                name="blind") if blind else None
+                                name="blind", log=log) if blind else None
         train = (iv3.load_rows(train_file), Path(train_file).parent) if train_file else ([], None)
         result["baselines"] = baselines(asked, train[0], root, train[1], elsewhere, seed)
     if other:
-        loss, table = held_out_loss(model, processor, other, root, batch_size)
+        loss, table = held_out_loss(model, processor, other, root, batch_size, log=log)
         result["loss"] = {"loss": loss, "loss_n": len(other), "loss_ci": interval(table, [clip_of(r) for r in other])}
     return {**result, "meta": {"data": str(data_file), **describe(model, rows, stats, seed, model_dir)}}
 
@@ -452,6 +546,141 @@ def stage_figures(scores):
             for part in ("", "_n", "_ci")}
 
 
+# ------------------------------------------------------------------------------------- a record of every sample
+
+def sample_files(path):
+    """A per-sample file (of a directory: samples.jsonl) and the parts that other processes write beside it."""
+    path = Path(path) if Path(path).suffix == ".jsonl" else Path(path) / "samples.jsonl"
+    return [path, *sorted(path.parent.glob(path.name + ".part*"))]
+
+
+def read_samples(path):
+    """(settings, {(pass, id): record}) of a per-sample file and its parts. A torn last line of a killed process is
+    passed over: its batch is computed again."""
+    files, settings, records = sample_files(path), None, {}
+    need(files[0].is_file(), f"{files[0]}: no such file; `python eval.py --data F.jsonl --out {path}` writes one")
+    for file in files:
+        for number, line in enumerate(file.read_text(errors="replace").split("\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                if number == 1 and file == files[0]:
+                    settings = record["settings"]
+                else:
+                    records[record["pass"], record["id"]] = record
+            except (ValueError, LookupError, TypeError) as e:
+                raise UserError(f"{file}:{number}: not a line of a per-sample file of eval.py ({e!r})") from e
+    need(settings is not None, f"{path}: is empty; delete it")
+    return settings, records
+
+
+class SampleLog:
+    """`--out`: settings in the first line, then a record of each (pass, row), written as batches finish. Process 0
+    appends to the file, process r to its own FILE.part<r>, so that no line is torn by another; finish() makes one file
+    of them. A killed run goes on with the batches that are not there."""
+
+    def __init__(self, out, settings, resume=False):
+        self.settings, self.records, self.path = settings, {}, sample_files(out)[0]
+        if self.path.exists():
+            need(resume, f"{self.path}: is there already; go on with --resume, or give another --out")
+            old, self.records = read_samples(self.path)
+            for key, value in settings.items():
+                need(old.get(key) == value, f"{self.path}: was made with {key} {old.get(key)}, this run has {value}; "
+                                            "use the same or give another --out")
+        gather(None)                                                                     # all have read
+        once(self._write)
+        self.own = self.path.with_name(f"{self.path.name}.part{rank()}") if rank() else self.path
+
+    def _write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{"settings": self.settings}, *(self.records[key] for key in sorted(self.records))]
+        iv3.write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+        for part in sample_files(self.path)[1:]:
+            part.unlink()
+
+    def known(self, name):
+        """{id: record} of a pass. What could not be read then is tried again."""
+        own = {id: record for (n, id), record in self.records.items() if n == name}
+        return {id: record for id, record in own.items() if record.get("text", "") is not None}
+
+    def add(self, name, results):
+        """Append [(row, {text | nats, …})], whole lines in one write."""
+        lines = []
+        for row, result in results:
+            if "text" in result:
+                text, spans = result["text"], row["task"] == "grounding"
+                read = parse_span(text, turn=False) if spans else parse_letter(text, row["options"])
+                result = {"text": text, "prediction": read, "reward": reward(text, row), **result}
+            record = {"id": row["id"], "pass": name, "task": row["task"], "kind": row.get("kind", row["task"])}
+            lines.append(json.dumps({**record, "clip": clip_of(row), **result}) + "\n")
+        with open(self.own, "a") as file:
+            file.write("".join(lines))
+
+    def finish(self):
+        gather(None)                                                                     # all have written
+        self.records = read_samples(self.path)[1]
+        gather(None)                                                                     # and read
+        once(self._write)
+
+
+def stage_samples(directory):
+    """{id: row with `text` (if stored) and `reward`} of the test items of a recipe's stage, from its scores.json."""
+    scores, samples = iv3.read_json(Path(directory) / "scores.json"), {}
+    for part in (scores[length] for length in ("short", "long") if length in scores):
+        data = Path(part["meta"]["data"])
+        data = data if data.is_file() else Path(directory).parent / "data" / data.name   # a run that was moved
+        for row in iv3.load_rows(data):
+            if row["id"] in part["items"]:
+                samples[row["id"]] = {**row, "root": data.parent, "reward": part["items"][row["id"]]} | (
+                    {"text": part["texts"][row["id"]]} if "texts" in part else {})
+    return samples
+
+
+def compared(path):
+    """{id: {task, kind, clip, reward}}: one side of --compare. FILE:direct is an agent run's direct answers."""
+    path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent))?", str(path)).groups()
+    if (Path(path) / "scores.json").is_file():
+        rows = stage_samples(path)
+        return {id: {**row, "kind": row.get("kind", row["task"]), "clip": clip_of(row)} for id, row in rows.items()}
+    records = read_samples(path)[1]
+    name = name or ("agent" if any(key[0] == "agent" for key in records) else "answers")
+    return {id: record for (made, id), record in records.items() if made == name}
+
+
+def compare(path_a, path_b, seed=0):
+    """Paired bootstrap of two runs over clips: {rows: [{name, a, b, difference (b - a), ci, n, only_a, only_b}] per
+    task and kind, not_in_a, not_in_b: ids}. Right is a reward of 0.5 or more: for grounding, an IoU of 0.5."""
+    a, b = compared(path_a), compared(path_b)
+    both, rows, groups = [id for id in a if id in b], [], defaultdict(list)
+    need(both, f"--compare: no item is in both {path_a} and {path_b}")
+    for id in both:
+        same = [(x["task"], x["kind"], x["clip"]) for x in (a[id], b[id])]
+        need(same[0] == same[1], f"--compare: item {id} is {same[0]} in {path_a}, {same[1]} in {path_b}: other data")
+        for name in dict.fromkeys((a[id]["task"], " ".join(dict.fromkeys(same[0][:2])))):
+            groups[name].append(id)
+    for name in sorted(groups):
+        x, y = (np.array([side[id]["reward"] for id in groups[name]]) for side in (a, b))
+        right_a, right_b = recall(x, 0.5), recall(y, 0.5)
+        pairs = np.stack([y - x, np.ones(len(x))], 1)                       # a ratio: Wilson's is for shares alone
+        rows.append({"name": name, "a": float(x.mean()), "b": float(y.mean()), "difference": float((y - x).mean()),
+                     "ci": interval(pairs, [a[id]["clip"] for id in groups[name]], seed), "n": len(x),
+                     "only_a": int((right_a > right_b).sum()), "only_b": int((right_b > right_a).sum())})
+    return {"a": str(path_a), "b": str(path_b), "rows": rows, "not_in_a": [id for id in b if id not in a],
+            "not_in_b": [id for id in a if id not in b]}
+
+
+def render_compare(result):
+    header = ["", "A", "B", "B - A", "95 % interval", "n", "only A right", "only B right"]
+    lines = [[r["name"], number(r["a"]), number(r["b"]), f"{r['difference']:+.3f}",
+              "{:+.3f} to {:+.3f}".format(*r["ci"]), r["n"], r["only_a"], r["only_b"]] for r in result["rows"]]
+    text = (f"A: {result['a']}\nB: {result['b']}\nmean rewards; 95 % interval of the difference, clips resampled; "
+            f"right: a reward of 0.5 or more\n\n{table(header, lines)}")
+    for side in "ab":
+        if absent := result[f"not_in_{side}"]:
+            more = ", …" if len(absent) > 10 else ""
+            text += f"\n{len(absent)} items are not in {side.upper()} and not compared: {', '.join(absent[:10])}{more}"
+    return text
+
+
 # ------------------------------------------------------------------------------------------- the agent (§3.1, §3.4)
 
 def open_model(directory):
@@ -459,23 +688,32 @@ def open_model(directory):
     return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def agent_row(model, processor, row, root, facts, budget, without):
-    """One rollout → {text (None: missing), first, hit, overlap, forced, frames}. first: the answer that verification
-    sent back, or the same. Of the cited spans one has an IoU >= 0.3 with the truth (hit), > 0 (overlap)."""
+def agent_row(model, processor, row, root, facts, budget, without=()):
+    """One rollout → {text (None: missing), first, hit, overlap, forced, frames, tokens}. first: the answer that
+    verification sent back, or the same. Of the cited spans one has an IoU >= 0.3 with the truth (hit), > 0 (overlap);
+    None if the row names no evidence. A benchmark's row gives the agent its preset's number and size of frames, and the
+    tokens they take; prompts and frame rate are the agent's own."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
-    budget = budget or mcr_agent.Budget()
-    budget = replace(budget, frames=row["frames"], coarse=min(budget.coarse, row["frames"]))
+    budget, item, more = budget or mcr_agent.Budget(), media_items(row)[0], {}
+    frames = row.get("frames") or item["max_frames"]
+    budget = replace(budget, frames=frames, coarse=min(budget.coarse, frames))
+    if "frame_tokens" in item:                                   # a stamp and two marks are about 16 tokens more
+        more = {"media": {"frame_tokens": item["frame_tokens"]}}
+        budget = replace(budget, tokens=budget.tokens + frames // 2 * (item["frame_tokens"][1] + 16))
     live = mcr_agent.LiveModel(model, processor, budget.tokens)
     text = next(i["text"] for i in user_turn(row)["content"] if i["type"] == "text")
+    question = row.get("question") or text.rpartition("\n")[2]
     try:
-        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), text.rpartition("\n")[2], row["options"],
-                                  budget=budget, facts=facts, without=without)
+        out = mcr_agent.run_agent(live, Path(root) / clip_of(row), question, row["options"], budget=budget,
+                                  facts=facts, without=without, **more)
     except iv3.MediaError:
-        return {"text": None, "first": None, "hit": 0.0, "overlap": 0.0, "forced": 0, "frames": 0}
-    best = max((iou(cited, true) for cited in out.evidence for true in row["evidence"]), default=0.0)
+        hit = 0.0 if row.get("evidence") else None
+        return {"text": None, "first": None, "hit": hit, "overlap": hit, "forced": 0, "frames": 0, "tokens": 0}
+    best = max((iou(cited, true) for cited in out.evidence for true in row.get("evidence", [])), default=0.0)
     answers = [r["arguments"]["text"] for r in out.trace if r["record"] == "step" and r["action"] == "answer"]
-    return {"text": out.answer, "first": (answers or [out.answer])[0], "hit": float(best >= 0.3),
-            "overlap": float(best > 0), "forced": bool(out.budget_exhausted), "frames": out.frames}
+    hit, overlap = (float(best >= 0.3), float(best > 0)) if row.get("evidence") else (None, None)
+    return {"text": out.answer, "first": (answers or [out.answer])[0], "hit": hit, "overlap": overlap,
+            "forced": bool(out.budget_exhausted), "frames": out.frames, "tokens": out.tokens}
 
 
 def user_turn(row):
@@ -483,48 +721,63 @@ def user_turn(row):
 
 
 def direct_row(row):
-    """The question asked directly, with the agent's whole frame budget spread over the clip."""
+    """The question asked directly, with the agent's whole frame budget spread over the clip. A benchmark's row says
+    itself how it is asked."""
+    if row["task"] == "mcq":
+        return row
     item = {"type": "video", "video": clip_of(row), "max_frames": row["frames"], "pairs": True}
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def direct_answers(model, processor, rows, root, batch_size=32, max_new=48):
+def direct_answers(model, processor, rows, root, batch_size=32, max_new=48, log=None):
     """The model's own texts for rows that an agent can be measured on."""
     for row in rows:
+        official = row["task"] == "mcq" and "preset" in row
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
-        if row["task"] != "mcr" or absent:
+        if not official and (row["task"] != "mcr" or absent):
             wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
-            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence")
-    return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct")
+            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence, "
+                            "and a benchmark's rows")
+    return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct", log=log)
 
 
 def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0,
-                   without=(), direct=None):
-    """{unseen, seen: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, mended, broken, forced, frames,
-    missing}}: the MCR agent, `without` some of its parts, against the same model answering directly (with the texts
-    `direct`), on the same rows with the same number of frames. mended, broken: what verification made right, wrong."""
-    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new)
-    own = [agent_row(model, processor, row, root, facts, budget, without)
-           for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False)]
-    outs = [None] * len(rows)
+                   log=None, without=(), direct=None):
+    """{unseen, seen, official: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, groups, mended,
+    broken, forced, frames, missing}}: the MCR agent, `without` some of its parts, against the same model answering
+    directly (with the texts `direct`), on the same rows with the same number of frames. mended, broken: what
+    verification made right, wrong. `official`: a benchmark's rows; evidence figures are over those that name some."""
+    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new, log)
+    own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
+    for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
+        start = time.perf_counter()
+        own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, budget, without))
+        if log and row["id"] not in known:
+            log.add("agent", [(row, {**own[-1], "ms": (time.perf_counter() - start) * 1e3})])
     for part, done in enumerate(gather(own)):
         outs[part::world()] = done
     result = {}
-    for group in ("unseen", "seen"):
-        part = [i for i, row in enumerate(rows) if row.get("unseen", row["kind"] in UNSEEN) == (group == "unseen")]
+    groups = ["official" if row["task"] == "mcq" else "unseen" if row.get("unseen", row["kind"] in UNSEEN) else "seen"
+              for row in rows]
+    for group in ("unseen", "seen", "official"):
+        part = [i for i, name in enumerate(groups) if name == group]
         if part:
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
             values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
                       "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      **{f"evidence_{how}": [out[how] for out in ran] for how in ("hit", "overlap")}}
+                      **{f"evidence_{how}": [out[how] for out in ran if out[how] is not None]
+                         for how in ("hit", "overlap")}}
+            shown = [row for row, out in zip(mine, ran) if out["hit"] is not None]
+            about = {name: shown if name.startswith("evidence") else mine for name in values}
             change = Counter(b - mcq_reward(out["first"], row)
                              for out, row, b in zip(ran, mine, values["agentic"]))
-            result[group] = {"kinds": {name: by_kind(v, mine) for name, v in values.items()},
+            result[group] = {"kinds": {name: by_kind(v, about[name]) for name, v in values.items()},
+                             "groups": {name: by_group(v, about[name]) for name, v in values.items()},
                              "forced": sum(out["forced"] for out in ran), "mended": change[1.0], "broken": change[-1.0],
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
-                result[group] |= figure(name, v, mine, seed)
+                result[group] |= figure(name, v, about[name], seed)
     return result
 
 
@@ -564,7 +817,7 @@ def render(results):
              ("losses in nats per answer token", ["figure", "value"],
               [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
              ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
-              "the evidence with IoU >= .3, touches it with > 0; verification mended, broke so many answers",
+              "the evidence (IoU from .3 on) or just touches it; verification mended, broke so many answers",
               ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
     return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, header, lines in parts if lines)
 
@@ -572,7 +825,7 @@ def render(results):
 def render_agents(agents):
     """{"full", "no memory", …: evaluate_agent's result} as markdown: by kind, then one row per agent."""
     kinds, names = agents["full"].values(), ("direct", "agentic", "evidence_hit", "evidence_overlap")
-    by = [[kind, *(number(block["kinds"][name][kind]["value"]) for name in names), one["n"]]
+    by = [[kind, *(number(k[kind]["value"]) if kind in k else "" for k in map(block["kinds"].get, names)), one["n"]]
           for block in kinds for kind, one in block["kinds"]["direct"].items()]
     parts = [[name, *(x for block in agent.values() for x in (cell(block, "agentic"), cell(block, "evidence_hit"),
                                                             block["forced"], number(block["frames"])))]
@@ -608,6 +861,14 @@ def render_scores(scores):
         for kind, own in block.get("kinds", {}).items():
             trivial = best[f"{main}_kinds"][kind]
             rows.append([f"  {kind}", number(own["value"]), own["n"], f"{number(trivial['value'])} {trivial['name']}"])
+        if len(block.get("kinds", {})) > 1 and task == "mcq":
+            rows.append(["mean of the kinds", cell(block, "macro"), len(block["kinds"]), ""])
+        for name, labels in block.get("groups", {}).items():
+            rows += [[f"  {name}: {label}", number(own["value"]), own["n"], ""] for label, own in labels.items()]
+        for name, value in block.get("official", {}).items():
+            if isinstance(value, float) and (name != "macro" or len(block["kinds"]) > 1):
+                n = block["official"][names[task][0] + "_n"]
+                rows.append([f"by the official rule: {name}", number(value), n, ""])
         if main:
             lost.append(f"{task} counted wrong: {block['unparsed']} unparsed, {block['missing']} missing")
     return "\n".join([table(["score", "value", "n", "strongest baseline"], rows), *lost])
@@ -754,6 +1015,8 @@ def bench_decode(args):
     models = decode_models(replace(cfg, layers=layers, deepstack=()), args.attention_only, device, dtype)
     source, target = torch.ones(2, 2 ** 30 if device == "cuda" else 2 ** 28, dtype=torch.uint8, device=device)
     ms = np.median([timed(lambda: target.copy_(source), device) for _ in range(10)])
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = (torch.cuda.mem_get_info()[1] if device == "cuda" else pages) / 1e9
     copied, source, target, rows = 2 * len(source) / 1e6 / float(ms), None, None, []     # GB/s, read and written
     for context in tqdm(contexts, disable=None, leave=False):
         row = decode_row(models, context, args.steps, device, copied)
@@ -764,7 +1027,8 @@ def bench_decode(args):
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"env": {"device": name, "torch": torch.__version__, "dtype": str(dtype), "preset": args.preset, "batch": 1,
                     "layers": layers, "attention_only": args.attention_only, "steps": args.steps, "seed": args.seed,
-                    "copy_gb_s": copied, "measures": "median of a new token, random weights and cache"}, "rows": rows}
+                    "copy_gb_s": copied, "memory_gb": memory,
+                    "measures": "median of a new token, random weights and cache"}, "rows": rows}
 
 
 # --------------------------------------------------------------------------------------- the agent's live cache (§3.4)
@@ -861,6 +1125,9 @@ def spec_of(choices, gqa, share):
     row = 2 * gqa.kv_heads * gqa.head_dim
     P = gqa.head_dim if share >= 0.5 or choices["slots"] == "uniform" else gqa.head_dim // 2
     R = int(share * row) - P
+    if R < 1:
+        raise UserError(f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
+                        f"{P / row:.2f} there is")
     choices = {k: v for k, v in choices.items() if k != "probe"}
     return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
 
@@ -1007,22 +1274,314 @@ def bench_conversion(args):
                     "calibration_tokens": bench.moments[0].count.tolist()}, "rows": rows}
 
 
+# --------------------------------------------------------------------------------------------------------- the report
+
+COLOURS = {"m2la": "tab:blue", "gqa": "tab:orange", "gqa_eager": "tab:gray"}
+NAMES = {"m2la": "M²LA", "gqa": "good GQA", "gqa_eager": "eager GQA"}
+STYLE = """body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:
+collapse;margin:.5em 0}th,td{border:1px solid #ddd;padding:.2em .6em;text-align:left;vertical-align:top}th{background:
+#f4f4f4}td img{height:96px;image-rendering:pixelated;display:block}p img{max-width:100%}code{background:#f4f4f4}"""
+
+
+def plain(text):
+    """A text of a model or a file, for both pages: what could be markup becomes an entity."""
+    return re.sub(r"[^\w\s.,:;?()+/=%±→×…'-]", lambda m: f"&#{ord(m[0])};", " ".join(str(text).split()))
+
+
+def read_metrics(run):
+    """metrics.jsonl → {stage: {figure: array over steps}}"""
+    lines, stages = Path(run) / "metrics.jsonl", defaultdict(lambda: defaultdict(list))
+    for line in lines.read_text().splitlines() if lines.is_file() else ():
+        for key, value in json.loads(line).items() if line.endswith("}") else ():             # the last may be torn
+            if key != "stage":
+                stages[json.loads(line)["stage"]][key].append(value)
+    return {stage: {key: np.array(values) for key, values in figures.items()} for stage, figures in stages.items()}
+
+
+def recipe_rows(run, metrics):
+    """One line per trained stage, from its stage.json and the first and last tenth of its metrics."""
+    for stage in dict.fromkeys([*metrics, *iv3.STAGES]):
+        record = Path(run) / stage / "stage.json"
+        done = iv3.read_json(record) if record.is_file() else {}
+        if "recipe" in done:
+            r, moved = done["recipe"], []
+            for key in ("loss", "reward"):
+                if len(values := metrics.get(stage, {}).get(key, ())):
+                    tenth = max(1, len(values) // 10)
+                    moved.append(f"{key} {values[:tenth].mean():.3g} → {values[-tenth:].mean():.3g}")
+            rate = f"{r['lr']:g}" + (f", Muon {r['muon']:g}" if r["muon"] else "")
+            mix = ", ".join(f"{Path(file).stem} {share:g}" for file, share in r["mix"].items())
+            yield [stage, Path(done["inherits"]).name, r["steps"], rate, f"{r['packs']} × {r['branches']}",
+                   f"{done['tokens'] / 1e6:.2f} M", f"{done['seconds'] / 60:.1f}", done["processes"],
+                   ", ".join(moved), mix]
+
+
+def drawn(panels, columns, draw, size=(3.6, 2.6)):
+    """An SVG with draw(axes, panel) for each panel; None without matplotlib: the tables stand alone then."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = math.ceil(len(panels) / columns)
+    with rc_context({"svg.hashsalt": "report", "font.size": 9}):
+        figure = Figure((size[0] * columns, size[1] * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for ax, panel in zip(axes, panels):
+            ax.grid(alpha=0.3)
+            draw(ax, panel)
+        for ax in axes[len(panels):]:
+            ax.remove()
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def draw_stage(ax, panel):
+    """A stage's loss, in RL its reward (a policy gradient's loss says nothing); bold: a running mean."""
+    stage, figures = panel
+    key = "reward" if "reward" in figures else "loss"
+    values, steps = figures[key], figures["step"]
+    width = max(1, len(values) // 20)
+    ax.plot(steps, values, alpha=0.3, lw=0.8, color="tab:blue")
+    ax.plot(steps[width // 2:][:len(values) - width + 1], np.convolve(values, np.ones(width) / width, "valid"), lw=1.6,
+            color="tab:blue")
+    ax.set(title=f"{stage}: {'reverse KL' if stage == 'opd' else key}", xlabel="step")
+    if key == "loss" and values.min() > 0:
+        ax.set_yscale("log")
+
+
+def cache_limits(bench):
+    """{kind: (MB of cache a token, tokens that fit)}: the device's memory less the weights; None if not known."""
+    memory, limits = bench["env"].get("memory_gb"), {}
+    for kind in ("m2la", "gqa"):
+        for row in [row for row in bench["rows"] if row.get(f"{kind}_cache_mb")][:1]:
+            cache = row[f"{kind}_cache_mb"]
+            weights = row[f"{kind}_gb_s"] * row[f"{kind}_ms"] - cache                               # MB, read in a step
+            limits[kind] = cache / row["context"], memory and (memory * 1e3 - weights) * row["context"] / cache
+    return limits
+
+
+def draw_time(ax, bench):
+    for kind, name in NAMES.items():
+        rows = [row for row in bench["rows"] if row.get(f"{kind}_ms")]
+        contexts = [row["context"] for row in rows]
+        ax.plot(contexts, [row[f"{kind}_ms"] for row in rows], "o-", color=COLOURS[kind], label=name)
+        if kind != "gqa_eager":
+            limit = [row[f"{kind}_ms"] * row[f"{kind}_of_copy"] for row in rows]
+            ax.plot(contexts, limit, ":", color=COLOURS[kind], label=f"{name}: the limit")
+    ax.set_xscale("log", base=2)
+    ax.set(yscale="log", xlabel="cached tokens", title="ms a new token")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_bytes(ax, bench):
+    for kind, (per_token, most) in cache_limits(bench).items():
+        last = max(row["context"] for row in bench["rows"] if row.get(f"{kind}_ms"))
+        contexts = [row["context"] for row in bench["rows"] if row["context"] <= last]
+        ax.plot(contexts, [c * per_token for c in contexts], "o-", color=COLOURS[kind], label=NAMES[kind])
+        if most and most > last:
+            ax.plot([last, most], [last * per_token, most * per_token], ":", color=COLOURS[kind])
+            ax.axhline(most * per_token, color="tab:red", lw=0.8, label="memory" if kind == "m2la" else None)
+    ax.set(xscale="log", yscale="log", xlabel="cached tokens", title="MB of KV cache")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def decode_part(bench, images):
+    env, rows, limits = bench["env"], [], cache_limits(bench)
+    for row in bench["rows"]:
+        limit = [row[f"{k}_ms"] * row[f"{k}_of_copy"] if row.get(f"{k}_ms") else None for k in ("m2la", "gqa")]
+        values = [*(row.get(f"{k}_ms") for k in NAMES), *limit, *(row.get(f"{k}_cache_mb") for k in ("m2la", "gqa"))]
+        rows.append([row["context"], *("does not fit" if v is None else f"{v:.3g}" for v in values)])
+    header = ["cached tokens", *(f"{name}, ms" for name in NAMES.values()), "M²LA, limit", "GQA, limit", "M²LA, MB",
+              "GQA, MB"]
+    made = [env["preset"], f"{env['layers']} layers", *["attention alone"] * env["attention_only"],
+            env["dtype"].removeprefix("torch."), env["device"]]
+    yield (f"Time of a new token and bytes of the cache: {plain(', '.join(made))}. Limit, in ms: all bytes that a step "
+           f"must read, at the {env['copy_gb_s']:.3g} GB/s of a copy on this device.")
+    fits = [f"{most / 1e6:.3g} M tokens with {NAMES[kind]}" for kind, (_, most) in limits.items() if most]
+    if fits:
+        yield f"Its {env['memory_gb']:.0f} GB, less the weights, hold the cache of {', '.join(fits)}."
+    yield table(header, rows)
+    if svg := drawn([draw_time, draw_bytes], 2, lambda ax, draw: draw(ax, bench), (5.4, 2.8)):
+        images["decode.svg"] = svg
+        yield "![decode](report/decode.svg)"
+
+
+def conversion_part(bench, images):
+    keys = [key for key in dict.fromkeys(key for row in bench["rows"] for key in row) if "seconds" not in key]
+    lines = [[row.get(key, "") for key in keys] for row in bench["rows"]]
+    yield (f"What each way to convert costs, without training, on {plain(bench['env']['model'])}: + one idea more at a "
+           "time, - the default with one less; loss change in nats per answer token over the source.")
+    yield table([key.replace("_", " ") for key in keys],
+                [[plain(f"{v:.3f}" if isinstance(v, float) else v) for v in line] for line in lines])
+
+
+def picked_items(samples, count=5, seed=0):
+    """A seeded choice of right and wrong answers in turn, each of another kind where there is one."""
+    ids, picked = list(np.random.default_rng(seed).permutation(sorted(samples))), []
+    for n in range(min(count, len(ids))):
+        kinds = {samples[id]["kind"] for id in picked}
+        picked.append(min((id for id in ids if id not in picked), key=lambda id: (
+            (samples[id]["reward"] >= 0.5) != (n % 2 == 0), samples[id]["kind"] in kinds)))
+    return [samples[id] for id in picked]
+
+
+def item_part(number, row, images):
+    """A test item: six frames spread over its clip, and those that the question, truth and prediction name."""
+    text, options = user_turn(row)["content"], row.get("options", [])
+    question = next(i["text"] for i in text if i["type"] == "text").split("\n")[-1]
+    spans = {"true": row["answer"], "predicted": parse_span(row["text"])} if row["task"] == "grounding" else {}
+    start, end = window(media_items(row)[0], row, row["root"])
+    asked = [float(t) + later for t in re.findall(r"(\d+(?:\.\d+)?) second", question) for later in (0, 0.5)]
+    moments = [*asked, *((a + b) / 2 for a, b in filter(None, spans.values()))]
+    spread, heads, cells = np.linspace(start, end, 7)[:-1] + (end - start) / 12, [], []
+    for n, t in enumerate(sorted({*np.round(spread, 1).tolist(), *(t for t in moments if start <= t < end)})):
+        frame = iv3.read_video(Path(row["root"]) / clip_of(row), t, None, 2.0, 1).frames[0]
+        scale = max(1, 96 // frame.shape[0])
+        images[f"item{number}_{n}.png"] = mcr_agent.png(frame.repeat(scale, 0).repeat(scale, 1))
+        inside = [name for name, span in spans.items() if span and span[0] <= t <= span[1]] + ["asked"] * (t in asked)
+        heads.append(f"{t:.1f} s {', '.join(inside)}")
+        cells.append(f"![{t:.1f} s](report/item{number}_{n}.png)")
+    truth = ("From {:.1f} to {:.1f} seconds.".format(*row["answer"]) if spans else
+             f"{options[LETTERS.index(row['answer'])]} ({row['answer']})")
+    verdict = f"IoU {row['reward']:.2f}" if spans else "right" if row["reward"] else "wrong"
+    facts = {"options": "; ".join(map("{}. {}".format, LETTERS, options)), "truth": truth,
+             "prediction": f"{'(the video could not be read)' if row['text'] is None else row['text']} → {verdict}"}
+    yield f"### {number + 1}. {plain(question)}"
+    yield table(["item", plain(f"{row['id']}, {row['kind']}")], [[k, plain(v)] for k, v in facts.items() if v])
+    yield table(heads, [cells])
+
+
+def report_parts(run, images):
+    """The report as markdown blocks; the pictures that it names go into `images`."""
+    metrics, rows = read_metrics(run), []
+    rows = list(recipe_rows(run, metrics))
+    need(rows or metrics, f"--report {run}: no run is there (no metrics.jsonl); `python train.py --out {run}` is one")
+    yield f"# {plain(run.resolve().name)}"
+    yield f"Made by `python eval.py --report {plain(run)}` from the files of the run; no model was asked."
+    yield "## Results"
+    if (run / "results.json").is_file():
+        yield html.escape(render(iv3.read_json(run / "results.json")), quote=False)
+    else:
+        yield f"No results.json: `python train.py --out {plain(run)}` (the whole recipe) writes it at its end."
+    yield "## Training"
+    yield table(["stage", "starts from", "steps", "lr", "videos × questions", "tokens", "minutes",
+                 "processes", "first → last tenth", "data and weights"], [list(map(plain, row)) for row in rows])
+    if metrics and (svg := drawn(list(metrics.items()), 3, draw_stage)):
+        images["training.svg"] = svg
+        yield "![training curves](report/training.svg)"
+    elif metrics:
+        yield "Training curves and decode curves are drawn where matplotlib is installed: `pip install matplotlib`."
+    for title, name, part, flags in (("Conversion", "conversion", conversion_part, ""),
+                                     ("Decoding", "decode", decode_part, " --contexts 1024,4096,16384")):
+        yield f"## {title}"
+        file = run / f"{name}.json"
+        if file.is_file():
+            try:
+                yield from part(iv3.read_json(file), images)
+            except (LookupError, TypeError) as e:
+                raise UserError(f"{file}: not written by `python eval.py --bench {name}` ({e!r}); delete it") from e
+        else:
+            yield f"No {name}.json: `python eval.py --bench {name}{flags} --json {plain(file)}` writes it."
+    yield "## Five test items"
+    stages = [stage for stage in reversed(iv3.STAGES) if (run / stage / "scores.json").is_file()]
+    samples = stage_samples(run / stages[0]) if stages else {}
+    if not samples or any("text" not in row for row in samples.values()):
+        yield "No predictions are stored: the recipe keeps them in the scores.json of each stage from SFT short on."
+        return
+    right = sum(row["reward"] >= 0.5 for row in samples.values())
+    yield (f"Right and wrong answers of `{stages[0]}` in turn, a seeded choice: {right} of {len(samples)} are right, "
+           "with a reward of 1 or an IoU of 0.5 or more.")
+    for number, row in enumerate(picked_items({id: {"kind": row["task"], **row} for id, row in samples.items()})):
+        try:
+            yield from item_part(number, row, images)
+        except iv3.MediaError as e:
+            yield plain(e)
+
+
+def html_page(markdown, images):
+    """Our own report as one self-contained page: headings, tables, paragraphs, pictures and `code` of its markdown."""
+    def inline(text):
+        def picture(m):
+            kind = "svg+xml" if m[2].endswith("svg") else "png"
+            data = base64.b64encode(images[Path(m[2]).name]).decode()
+            return f'<img alt="{m[1]}" src="data:image/{kind};base64,{data}">'
+        return re.sub("`([^`]+)`", r"<code>\1</code>", re.sub(r"!\[([^]]*)\]\(([^)]+)\)", picture, text))
+    parts = []
+    for block in markdown.split("\n\n"):
+        if block.startswith("#"):
+            level = len(block) - len(block.lstrip("#"))
+            parts.append(f"<h{level}>{inline(block.lstrip('# '))}</h{level}>")
+        elif block.startswith("|"):
+            lines = [[inline(cell.strip()) for cell in line[1:-1].split("|")] for line in block.splitlines()]
+            for n, line in enumerate(lines[:1] + lines[2:]):
+                tag = "td" if n else "th"
+                row = "".join(f"<{tag}>{cell}</{tag}>" for cell in line)
+                parts.append(f"{'' if n else '<table>'}<tr>{row}")
+            parts.append("</table>")
+        else:
+            parts.append(f"<p>{inline(block)}</p>")
+    title = re.sub("<[^>]+>", "", parts[0])
+    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts)
+
+
+def write_report(run):
+    """RUN/report.md with its pictures in RUN/report/, and the same as one page, RUN/report.html → its path."""
+    run, images = Path(run), {}
+    text = "\n\n".join(report_parts(run, images)) + "\n"
+    (run / "report").mkdir(exist_ok=True)
+    for old in [*(run / "report").glob("*.svg"), *(run / "report").glob("item*.png")]:
+        old.unlink()
+    for name, data in images.items():
+        (run / "report" / name).write_bytes(data)
+    iv3.write_atomic(run / "report.md", lambda p: p.write_text(text))
+    iv3.write_atomic(run / "report.html", lambda p: p.write_text(html_page(text.strip(), images)))
+    return run / "report.html"
+
+
+def report_line(run):
+    """Write a run's report → the line to print. A page that cannot be drawn must not fail the run that it is about."""
+    try:
+        return f"{write_report(run)} and report.md written"
+    except Exception as e:
+        return f"no report ({type(e).__name__}: {e}); `python eval.py --report {run}` tries again"
+
+
 # ------------------------------------------------------------------------------------------------------------ command
 
 def run_data(args):
-    directory = iv3.find_model(args.model)
+    directory, rows = iv3.find_model(args.model), pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
     model, processor = open_model(directory)
+    log = args.out and SampleLog(args.out, settings_of(args, rows, model, directory), args.resume)
+    result = score_data(args, rows, model, processor, directory, log)
+    if log:
+        log.finish()
+        print(f"{log.path}: a record of every sample")
+    return result
+
+
+def settings_of(args, rows, model, directory):
+    """What a sample's record depends on; equal hashes mean equal rows, and equal weights in the same precision."""
+    need(len({row["id"] for row in rows}) == len(rows), f"--out: two rows of {args.data} have the same id")
+    bits = sum(int(p.detach().flatten().view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters())
+    content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
+    return {"data": args.data, "rows_hash": content, "model": str(directory), "weights_sum": bits,
+            **{key: getattr(args, key) for key in ("agent", "facts", "limit", "batch", "max_new", "seed")}}
+
+
+def score_data(args, rows, model, processor, directory, log):
     if not args.agent:
         scores = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
-                          args.seed, directory)
+                          args.seed, directory, log)
         print(render_scores(scores))
         return scores
-    rows = pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
     root, parts = Path(args.data).parent, mcr_agent.PARTS if args.ablate else ()
-    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new), {}
+    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new, log), {}
     for name in (None, *parts):
         agents[f"no {name}" if name else "full"] = evaluate_agent(
-            model, processor, rows, root, args.facts, seed=args.seed, without=[name] if name else (), direct=direct)
+            model, processor, rows, root, args.facts, seed=args.seed, log=None if name else log,
+            without=[name] if name else (), direct=direct)
     print_table({"agent": agents["full"]})
     print(f"\n{render_agents(agents)}")
     result = {"agent": agents.pop("full"), "ablations": agents}
@@ -1045,7 +1604,13 @@ def main():
     add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
-    add("--max-new", type=int, default=48, help="at most so many answer tokens (default 48)")
+    add("--max-new", type=int, help="at most so many answer tokens (default: the rows' preset's, else 48)")
+    add("--out", metavar="DIR|F", help="keep every sample: F.jsonl, or DIR/samples.jsonl and DIR/summary.json")
+    add("--resume", action="store_true", help="go on with a run into --out that was killed")
+    add = parser.add_argument_group("what was measured before").add_argument
+    add("--compare", nargs=2, metavar=("A", "B"), help="two --out of the same data, or two stages of a recipe: their "
+        "paired difference; FILE:direct is an agent run's direct answers")
+    add("--report", metavar="RUN", help="write RUN/report.md and report.html about a recipe; needs no model")
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "
         "GQA; agent-cache: a rollout's live cache against rebuilding its context at each step; conversion: the damage "
@@ -1063,17 +1628,28 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
-    if bool(args.data) == bool(args.bench):
-        raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} (see --help)")
+    given = [name for name in ("data", "bench", "compare", "report") if getattr(args, name)]
+    if len(given) != 1:
+        raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
+    need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
+    need(not (args.out and not args.data), "--out: goes with --data; a bench writes --json F")
     for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
-    if args.bench and args.jobs > 1:
+    if not args.data and args.jobs > 1:
         raise UserError("--jobs shares the rows of --data; a bench runs in one process")
-    join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
-    result = BENCHES.get(args.bench, run_data)(args)
+    if args.report:
+        return print(f"{write_report(args.report)} and report.md written")
+    if args.compare:
+        result = compare(*args.compare, args.seed)
+        print(render_compare(result))
+    else:
+        join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
+        result = BENCHES.get(args.bench, run_data)(args)
+    if args.out and not args.json and Path(args.out).suffix != ".jsonl":
+        args.json = Path(args.out) / "summary.json"
     if args.json and rank() == 0:
         iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))
 

@@ -18,9 +18,10 @@ import pickle
 import re
 import sys
 import time
+from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 
@@ -197,6 +198,13 @@ PRESETS = {
 }
 
 
+def run_block(block, recompute, *args, **kwargs):
+    """block(...); `recompute` keeps none of its activations for the backward pass, which computes them again."""
+    if not recompute:
+        return block(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 # ----------------------------------------------------------------------------------------------------- vision tower
 def block_order(grid, merge):
     """Patches in the order of the tower: blocks of merge×merge, row-major inside a block. (h, w, C) → (h·w, C)"""
@@ -245,6 +253,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_layers))
         self.merger = Merger(cfg)
         self.deepstack_merger_list = nn.ModuleList(Merger(cfg, post=True) for _ in cfg.deepstack)
+        self.checkpointing = False
 
     def position_embedding(self, h, w):
         """The learned pos_side×pos_side table, interpolated to h×w, in the tower's order. → (h·w, Dv)"""
@@ -267,7 +276,7 @@ class VisionTower(nn.Module):
         cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
+            x = run_block(block, self.checkpointing and self.training, x, cos, sin)
             if i in self.cfg.deepstack:
                 deep.append(self.deepstack_merger_list[self.cfg.deepstack.index(i)](x))
         return [self.merger(x), *deep]
@@ -381,10 +390,7 @@ class InternVideo3(nn.Module):
     def run_layers(self, x, deep, **attention):
         """The decoder on embedded tokens; deep: what is added after the first layers, each (B,T,D)."""
         for i, layer in enumerate(self.language_model.layers):
-            if self.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, layer=i, **attention)
-            else:
-                x = layer(x, layer=i, **attention)
+            x = run_block(layer, self.checkpointing and self.training, x, layer=i, **attention)
             if i < len(deep):
                 x = x + deep[i]
         return self.language_model.norm(x)
@@ -461,15 +467,17 @@ def _decode(path, start):
                 return
 
 
-def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=60.0):
+def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
-    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds)."""
+    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
+    the length of the window: an hour of film takes minutes)."""
     duration, _ = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
          f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
     wanted = sample_times(start, end, fps, max_frames, pairs)
+    deadline = 60 + end - start if deadline is None else deadline
     pixels, times, reformatter, limit = [], [], VideoReformatter(), time.monotonic() + deadline
     for (now, frame), (until, _) in pairwise(chain(_decode(path, start), [(math.inf, None)])):
         need(time.monotonic() <= limit,
@@ -515,11 +523,18 @@ def target_size(n, height, width, factor, min_volume, max_volume):
     return h, w
 
 
-def patchify(frames, cfg, image=False):
+def patchify(frames, cfg, image=False, frame_tokens=()):
     """frames (F, H, W, 3) uint8 → patches (n·h·w, 3·2·p·p) uint8 in the tower's order, grid (h, w) of each of n.
-    An image has limits of its own; it is seen as two equal frames, so they are doubled for `target_size`."""
-    limits = (2 * cfg.min_pixels, 2 * cfg.max_pixels) if image else (cfg.min_volume, cfg.max_volume)
-    size = target_size(2 if image else len(frames), *frames.shape[1:3], cfg.patch * cfg.merge, *limits)
+    A video's volume is limited as a whole (the config), or each temporal patch is by `frame_tokens`, [least, most],
+    however long the video is. An image has limits of its own; it is seen as two equal frames, hence the 2."""
+    factor, n = cfg.patch * cfg.merge, 2
+    if image:
+        limits = 2 * cfg.min_pixels, 2 * cfg.max_pixels
+    elif frame_tokens:
+        limits = (2 * factor ** 2 * tokens for tokens in frame_tokens)
+    else:
+        n, limits = len(frames), (cfg.min_volume, cfg.max_volume)
+    size = target_size(n, *frames.shape[1:3], factor, *limits)
     if len(frames) % 2:
         frames = np.concatenate([frames, frames[-1:]])                       # a temporal patch needs two frames
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)                         # (F,3,H,W)
@@ -634,8 +649,11 @@ class Processor:
     def load(self, item, root):
         """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
         kind = item["type"]
-        options = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
-        key = (str(Path(root) / item[kind]), *sorted(options.items()))
+        for holds, problem in item_rules(item):                               # no setting is ignored silently
+            need(holds, f"{item[kind]}: {problem}")
+        options = {k: item[k] for k in SETTINGS if k in item}
+        tokens = tuple(options.pop("frame_tokens", ()))
+        key = (str(Path(root) / item[kind]), tokens, *sorted(options.items()))
         if key in self.cache:
             return self.cache[key]
         if kind == "image":
@@ -643,7 +661,7 @@ class Processor:
         else:
             video = read_video(key[0], **options)
             times = np.pad(video.times, (0, len(video.times) % 2), "edge").reshape(-1, 2).mean(1)
-            value = *patchify(video.frames, self.cfg), times, len(video.times)
+            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), times, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
@@ -721,11 +739,34 @@ def load_rows(path):
     return rows
 
 
+SETTINGS = {"start": 0, "end": 0, "fps": 1e-3, "max_frames": 1, "pairs": None, "frame_tokens": None}     # least values
+
+
+def item_rules(item):
+    """What a media item may say besides its type and file, as (a rule holds, the problem if not)."""
+    unknown = item.keys() - {"type", item["type"], *(SETTINGS if item["type"] == "video" else ())}
+    yield not unknown, f"cannot apply {', '.join(map(repr, sorted(unknown)))} to the {item['type']}: leave it out"
+    for name, least in SETTINGS.items():
+        value = item.get(name, least)
+        if name == "frame_tokens" and name in item:
+            pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value)
+            yield (pair and 1 <= value[0] <= value[1],
+                   f"'frame_tokens' of the video is {value!r}: must be [least, most] tokens of two frames")
+        elif least is not None:
+            number = isinstance(value, int if name == "max_frames" else (int, float))
+            yield (number and least <= value < math.inf or value is None and name in ("start", "end"),
+                   f"'{name}' of the video is {value!r}: must be a number from {least} on")
+
+
 def row_rules(row):
-    """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it."""
+    """The schema: (a rule holds, the problem if not), one by one; a rule may rely on those before it. What scores use
+    besides: `kind`; `groups`, {name: label or list of labels}; `duration` of the video and `evidence` spans in seconds;
+    and what data/official.py writes: `question` without options, `official` rule, `annotated` span, `preset`."""
     yield isinstance(row, dict), "a row must be an object"
     for name, kind in (("id", str), ("task", str), ("messages", list)):
         yield isinstance(row.get(name), kind), f"field '{name}' must be a {kind.__name__}"
+    for name in ("groups", "preset"):
+        yield isinstance(row.get(name, {}), dict), f"field '{name}' must be an object"
     yield row["task"] in TASKS, f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
     for i, message in enumerate(row["messages"]):
         where, roles = f"field 'messages[{i}]':", ("system", "user", "assistant", "tool")
@@ -736,18 +777,15 @@ def row_rules(row):
             kind = item.get("type") if isinstance(item, dict) else None
             yield (kind in ("text", "image", "video") and isinstance(item.get(kind), str),
                    f"{where} content must be a string or a list of text, image and video items")
-            for name, least in (("start", 0), ("end", 0), ("fps", 1e-3), ("max_frames", 1)):
-                value = item.get(name, least)
-                number = isinstance(value, int if name == "max_frames" else (int, float))
-                yield (number and least <= value < math.inf,
-                       f"{where} '{name}' of the video is {value!r}: must be a number from {least} on")
+            yield from ((holds, f"{where} {problem}") for holds, problem in item_rules(item))
     yield row["messages"] and role == "assistant", "field 'messages' must end with the assistant's answer"
     answer, options = row.get("answer"), row.get("options")
     if row["task"] == "mcq":
         texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
         yield texts and 2 <= len(options) <= 26, "field 'options' must be a list of 2 to 26 texts"
-        yield (isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options),
-               f"field 'answer' is {answer!r}: must be the letter of an option")
+        letter = isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer) - 65 < len(options)
+        yield (letter or answer == "",
+               f"field 'answer' is {answer!r}: must be the letter of an option, or empty if none is right")
     if row["task"] == "grounding":
         pair = isinstance(answer, list) and len(answer) == 2 and all(isinstance(x, (int, float)) for x in answer)
         yield (pair and 0 <= answer[0] < answer[1] < math.inf,
@@ -864,12 +902,14 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def save_model(directory, model, tokenizer, half=False):
-    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository)."""
+def save_model(directory, model, tokenizer, half=False, state=None):
+    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository).
+    `state`: the whole state_dict of a model that is spread over processes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
-    state = {k: (v.half() if half and v.is_floating_point() else v).cpu() for k, v in model.state_dict().items()}
+    state = {k: (v.half() if half and v.is_floating_point() else v).cpu()
+             for k, v in (state or model.state_dict()).items()}
     write_atomic(directory / "weights.pt", lambda p: torch.save(state, p))
     write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(asdict(model.cfg), indent=1)))
 
@@ -951,19 +991,32 @@ def find_model(argument=None):
     raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
 
 
-def estimate(name, memory):
-    """Yield lines: a preset or a model's directory in bf16, with GQA and with M²LA (its own, or as published: rows half
-    as wide as GQA's). Parameters, cache bytes of a token, and the tokens whose cache fits beside the weights into
-    `memory` GB (10⁹ bytes). Built on the meta device, which has shapes and no memory."""
+def estimate(name, memory, **training):
+    """Yield lines: a preset or a model's directory, with GQA and with M²LA (its own, or as published: rows half as wide
+    as GQA's), on `memory` GB (10⁹ bytes). To answer, in bf16: parameters, cache bytes of a token, and the tokens whose
+    cache fits beside the weights. To train: see `training_bytes`. Built on the meta device: shapes without memory."""
     path = Path(name) / "config.json"
     need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
     cfg = Config.preset(name) if name in PRESETS else Config.load(path)
     half = cfg.kv_heads * cfg.head_dim
     P = min(cfg.head_dim, half // 2)
     published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
+    kinds = replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg
+    if training:
+        settings = ", ".join(f"{k} {v}" for k, v in training.items() if v)
+        yield f"{name}, a training step in fp32 under bf16 autocast; GB, of {memory:g}; {settings}"
+        for kind in kinds:
+            with torch.device("meta"):
+                parts = partial(training_bytes, InternVideo3(kind, (0, 1)), **training)
+            if kind.attn == "gqa":
+                yield f"{'attention':<10}{''.join(f'{part:>13}' for part in (*parts(), 'total', 'longest seq'))}"
+            longest = bisect_right(range(2 ** 24), memory * 1e9, key=lambda T: sum(parts(seq=T).values())) - 1
+            gigabytes = (f"{size / 1e9:>13.2f}" for size in (*parts().values(), sum(parts().values())))
+            yield f"{kind.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
+        return
     yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
     yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
-    for kind in (replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg):
+    for kind in kinds:
         with torch.device("meta"):
             model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
         weights = sum(p.nbytes for p in model.parameters())
@@ -972,6 +1025,42 @@ def estimate(name, memory):
         token = max(text, vision) - none                                     # of the wider segment
         context = max(0, int((memory * 1e9 - weights) // token))
         yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
+
+
+def training_bytes(model, seq, packs=1, checkpointing=False, freeze=(), muon=False):
+    """{part: bytes} of a step of train.py on one GPU, `packs` sequences of `seq` tokens in one forward."""
+    parts = {"vision": "visual.(blocks|patch_embed|pos_embed)", "projector": "visual.(merger|deepstack)"}
+    trained = {n: p for n, p in model.named_parameters() if not any(re.match(parts[part], n) for part in freeze)}
+    count, every = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+    matrices = sum(p.numel() for n, p in trained.items() if p.dim() == 2 and "embed" not in n) if muon else 0
+    saved, working = activation_bytes(model.cfg, seq, packs, checkpointing=checkpointing, freeze=freeze)
+    return {"weights": 4 * every, "bf16 copies": 2 * every, "gradients": 4 * count,
+            "optimizer": 8 * (count - matrices) + 4 * matrices, "activations": saved, "working": working}
+
+
+def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpointing=False, freeze=(), mixed=True):
+    """Bytes that autograd keeps of a training forward, and the most that is computed beside them at once. `packs`
+    sequences of T tokens, a share `vision` of them pixels; the queries of all blocks of a mask meet keys·T keys (2: a
+    prompt and its answers). mixed: bf16 autocast; then each linear layer has a copy of its input in 2 bytes. A test
+    holds it against what autograd keeps of a tiny model: within 5 %, as packed by train.py."""
+    e, copies = (2, 5) if mixed else (4, 2)              # bytes of a product's operand; copies of two norms' outputs
+    D, C = cfg.hidden, cfg.vision_hidden * cfg.merge ** 2
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    width, latent = q, 0
+    if cfg.attn != "gqa":
+        width += cfg.heads * cfg.rope_width
+        latent = q + 2 * kv + cfg.rope_width + sum(map(sum, cfg.ranks)) // cfg.layers
+    layer = 4 * (4 * D + 2 * q + 2 * kv)                 # norms keep their input and its normal form, in fp32
+    layer += e * (copies * D + latent + 2 * width * (1 + keys) + q + 4 * cfg.mlp)        # q, k, v, out: heads repeated
+    layer += e * T                                       # the mask, as the kernel adds it to the scores
+    block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # the tower, per vision token
+    kept, kept_block = (4 * D, 4 * C) if checkpointing else (layer, block)
+    tower = cfg.vision_layers * kept_block + e * 6 * (cfg.patch * cfg.merge) ** 2        # and the pixels
+    mergers = (1 + len(cfg.deepstack)) * C * (4 + e * 3)
+    pixels = tower * ("vision" not in freeze) + mergers * (not {"vision", "projector"} <= set(freeze))
+    saved = packs * (T * (cfg.layers * kept + 8 * D + vision * pixels) + answers * (4 * cfg.vocab + e * D))
+    one = max(T * max(layer, block) * checkpointing, answers * cfg.vocab * (8 + e))      # computed anew; or logits
+    return round(saved), round(packs * (one + T * T))                                    # T·T: the mask of bools
 
 
 def run_cli(main):
@@ -999,11 +1088,21 @@ def main():
     add("--max-new", type=int, default=128, help="at most so many answer tokens (default 128)")
     add("--estimate", metavar="PRESET", help="parameters, cache and largest context of a preset or a model's directory")
     add("--memory", type=float, default=80, help="GB of memory for --estimate (default 80)")
+    add = parser.add_argument_group("--estimate of a training step (train.py, one GPU)").add_argument
+    add("--train", action="store_true", help="weights, gradients, optimizer, activations, and the longest sequence")
+    add("--seq", type=int, default=8192, help="tokens of a pack, nearly all of them pixels (default 8192)")
+    add("--packs", type=int, default=1, help="packs in one forward (default 1)")
+    add("--checkpointing", action="store_true", help="keep each layer's input alone, compute the rest again")
+    add("--freeze", default="", help="parts that are not trained: vision,projector")
+    add("--muon", action="store_true", help="Muon for weight matrices: one moment, not AdamW's two")
     args = parser.parse_args()
-    need(min(args.fps, args.max_frames, args.max_new, args.memory) > 0,
-         "--fps, --max-frames, --max-new and --memory must be positive")
+    need(min(args.fps, args.max_frames, args.max_new, args.memory, args.seq, args.packs) > 0,
+         "--fps, --max-frames, --max-new, --memory, --seq and --packs must be positive")
+    freeze = tuple(part for part in args.freeze.split(",") if part)
+    need(set(freeze) <= {"vision", "projector"}, f"--freeze {args.freeze}: parts are vision, projector")
     if args.estimate:
-        print(*estimate(args.estimate, args.memory), sep="\n")
+        training = {k: getattr(args, k) for k in ("seq", "packs", "checkpointing", "muon")} | {"freeze": freeze}
+        print(*estimate(args.estimate, args.memory, **training if args.train else {}), sep="\n")
         return
     if args.question is None:
         parser.error("the following arguments are required: video, question")

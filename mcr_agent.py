@@ -230,7 +230,8 @@ class RemoteModel:
                 text = item["text"] if role != "tool" else f"<tool_response>\n{item['text']}\n</tool_response>"
                 parts.append({"type": "text", "text": text})
                 continue
-            video = read_video(item["video"], **{k: v for k, v in item.items() if k not in ("type", "video")})
+            window = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
+            video = read_video(item["video"], **window)
             for t, frame in zip(video.times, video.frames):
                 data = base64.b64encode(png(frame, 1024)).decode()
                 parts += [{"type": "text", "text": f"<{t:.1f} seconds>"},
@@ -707,7 +708,7 @@ def check_window(start, end, duration):
     return inside, "" if inside == (start, end) else f" (clipped: {limit})"
 
 
-def check_call(call, duration, tools):
+def check_call(call, duration, tools=TOOLS):
     """A call, against the schema of the tools there are → Action; BadCall says what is wrong."""
     fits = type(call) is dict and set(call) == {"name", "arguments"} and type(call["arguments"]) is dict
     call_needs(fits, 'a call is {"name": …, "arguments": {…}}')
@@ -781,15 +782,17 @@ class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
     def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, without=(),
-                 system=SYSTEM, memory=(), listen=None, search=None, trace=lambda record: None):
+                 system=SYSTEM, memory=(), listen=None, search=None, trace=lambda record: None,
+                 media=None):
         """listen(video, start, end) → [(start, end, text)]: a speech model, where there are no subtitles.
         search(query) → [(source, text)], best first, instead of the folder `facts`. without: of PARTS, to see what each
-        is good for."""
+        is good for. media: settings of all that is looked at, such as frame_tokens."""
         for name in without:
             need(name in PARTS, f"part {name!r}: leave out one of {', '.join(PARTS)}")
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
+        self.item = {"type": "video", "video": self.video, **(media or {})}
         if facts:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
@@ -809,7 +812,7 @@ class Rollout:
         """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts; one that knows
         the video already tells what it has for Q: the narrative, what is about the times in Q, what matches Q."""
         known, frames = list(self.memory), self.budget.coarse // 2 * 2
-        self.coarse = {"type": "video", "video": self.video, "max_frames": frames, "pairs": True}
+        self.coarse = {**self.item, "max_frames": frames, "pairs": True}
         self.seen = frame_times(0.0, self.duration, FPS, frames, pairs=True)
         for t in sorted(self.seen):
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
@@ -837,7 +840,7 @@ class Rollout:
 
     def window(self, start, end, fps=FPS):
         """The item that shows [start, end), clipped to the frames that are left."""
-        item = {"type": "video", "video": self.video, "start": start, "end": end, "fps": fps}
+        item = {**self.item, "start": start, "end": end, "fps": fps}
         times, left = frame_times(start, end, fps), self.budget.frames - len(self.seen)
         if len(times - self.seen) > left:
             if left < 2:

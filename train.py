@@ -3,6 +3,7 @@
     python train.py                                   # the whole recipe on the toy world, tiny, a laptop CPU is enough
     python train.py --stage sft --phase long          # one stage; it starts from the stage before it in --out
     python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
+    python train.py --stage cpt --init Qwen3-VL-2B-Instruct --data F.jsonl --out runs/mine     # Hugging Face's
 
 Reading order: recipe → data (rows → packs → batches) → losses → the loop and its checkpoints → the stages
 (supervised, conversion, GSPO, on-policy distillation) → the chain of stages.
@@ -15,10 +16,11 @@ Where this differs from the paper, and why:
     the tiny recipe's is ten times as wide, its answers have three to eight tokens); advantages are divided by
     (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
-    expectation of the paper's one-sample form; the teacher is a longer-trained GQA model of the same vocabulary.
+    expectation of the paper's one-sample form (`--kl sampled`); the teacher is a longer-trained GQA model of the same
+    vocabulary.
  5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on SFT data beside its own samples. A tiny model
     forgets a format within two minutes.
- 6. With several processes each step is shared by hand: gradients are summed after the backward pass.
+ 6. With several processes each step is shared by hand: gradients are summed after the backward pass. `--fsdp` shards.
 """
 import argparse
 import json
@@ -33,6 +35,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +46,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import gather, once, rank, world
-from iv3 import (Encoded, MediaError, UserError, build_model, find_model, generate, load_model, load_rows, run_cli,
-                 save_model, write_atomic)
-from m2la import Blocks, Calibration, ConvertSpec, convert_layers
+from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
+                 load_model, load_rows, need, read_json, run_cli, save_model, write_atomic)
+from m2la import Blocks, Calibration, convert_layers
 
 TOY = Path(__file__).parent / "data" / "toy"
 
@@ -72,6 +75,7 @@ class Recipe:
     updates: int = 2                         # RL: optimizer steps per rollout
     clip: tuple = (3e-4, 4e-4)               # RL: GSPO's clip range of the sequence ratio, below and above 1
     kl: float = 0.03                         # RL: weight of the KL to the SFT model
+    kl_form: str = "full"                    # OPD: "full" vocabulary | "sampled" tokens alone
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
     pool: int = 2400                         # RL, OPD: prompts that the filter looks at
@@ -95,9 +99,13 @@ TINY = {
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
+# The paper's rates (§4; it names none for RL and OPD), for a model of more than 100 M parameters.
+LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0),
+         "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0), "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4)),
+         "opd": dict(lr=1e-6, lr_min=0.0)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
-# Half of the GQA cache: 2·kv_heads·head_dim = 128 values per token and layer → 32 shared RoPE + on average 32 latent.
-CONVERT = ConvertSpec(rope_width=32, ranks=(32, 32), step=8)
+# --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
+FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", probe=False)
 
 
 # ------------------------------------------------------------------------------------- data: rows → packs → batches
@@ -155,7 +163,7 @@ def make_pack(samples, shared_grids, vision_ids, group=1):
                 grids=torch.cat([samples[0].grids[:shared_grids]] + [s.grids[shared_grids:] for s in samples[::group]]))
 
 
-BLOCK = 256                                  # queries that attend together; see m2la.Blocks
+BLOCK = 64                                   # queries that attend together, at least; see m2la.Blocks
 
 
 def collate_packs(packs):
@@ -176,10 +184,10 @@ def collate_packs(packs):
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
     blocks = [(0, head, 0, 0)] if head else []
-    root = torch.where(parent > 0, parent, branch)
-    for start in range(head, T, BLOCK):                    # the branches at its start begin at `low` or later
+    root, size = torch.where(parent > 0, parent, branch), max(BLOCK, T // 16)
+    for start in range(head, T, size):                     # the branches at its start begin at `low` or later
         low = int((root == root[:, start:start + 1]).int().argmax(1).min())
-        blocks.append((start, min(start + BLOCK, T), head, max(low, head)))
+        blocks.append((start, min(start + size, T), head, max(low, head)))
     batch = {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "valid": branch >= 0,
              "mask": Blocks(mask, blocks),
              "patches": torch.cat([p.patches for p in packs]), "grids": torch.cat([p.grids for p in packs])}
@@ -222,8 +230,18 @@ class Data:
         for i, (root, groups) in enumerate(self.groups):
             groups = [[row for row in rows if row["task"] in tasks] for rows in groups]
             self.groups[i] = root, [rows for rows in groups if rows]
-        if not all(groups for _, groups in self.groups):
-            raise UserError(f"--data: this stage needs rows of the tasks {', '.join(tasks)} in each file")
+        need(all(groups for _, groups in self.groups),
+             f"--data: this stage needs rows of the tasks {', '.join(tasks)} in each file")
+
+    def hold_out(self, share=0.05):
+        """Take a share of the videos of each file out → [(rows, root)]: none where a file has one video only."""
+        out = []
+        for i, (root, groups) in enumerate(self.groups):
+            order = np.random.default_rng(self.seed[0]).permutation(len(groups))
+            count = min(math.ceil(share * len(groups)), len(groups) - 1)
+            out.append((sum([groups[k] for k in order[:count]], []), root))
+            self.groups[i] = root, [groups[k] for k in sorted(order[count:])]
+        return [(rows, root) for rows, root in out if rows]
 
     def step(self, step, packs, branches):
         """→ list of (rows, root): `packs` groups of up to `branches` rows about one video, this process's share."""
@@ -287,7 +305,9 @@ def answer_logits(model, batch):
     """One packed forward → logits (n,V) that predict the n answer tokens, these tokens (n,), their conversation (n,)"""
     hidden = model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])     # (B,T,D)
     target = batch["answer"][:, 1:]
-    return model.logits(hidden[:, :-1][target]).float(), batch["ids"][:, 1:][target], batch["sample"][:, 1:][target]
+    with torch.autocast(hidden.device.type, enabled=False):      # a bf16 logit of 16 is off by up to 0.06; ratios in
+        logits = model.logits(hidden[:, :-1][target].float())    # GSPO differ by 1e-3
+    return logits, batch["ids"][:, 1:][target], batch["sample"][:, 1:][target]
 
 
 def sft_weights(sample, reduction):
@@ -335,23 +355,114 @@ def reverse_kl(student, teacher):
     return (p.exp() * (p - q)).sum(-1)
 
 
+def sampled_kl(student, teacher, token):
+    """The paper's form, of the sampled tokens alone, token (n,) ~ π: log π(y_t) − log π_T(y_t), (n,). Its gradient is
+    that times ∇ log π(y_t), on average over y_t the gradient of `reverse_kl` (more noise, no full teacher logits). To
+    differentiate the value itself would give ∇ log π(y_t), 0 on average: which tokens are sampled moves with π."""
+    p, q = (x.log_softmax(-1).gather(-1, token[:, None])[:, 0] for x in (student, teacher))
+    gap = (p - q).detach()
+    return gap + gap * (p - p.detach())
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024): Nesterov momentum, each matrix made orthogonal by five Newton-Schulz steps.
+
+        X ← X / ‖X‖,  then five times  X ← a X + (b G + c G²) X,  G = X Xᵀ        all singular values go to about 1
+
+    torch.optim.Muon (2.9 on) takes these steps in bf16 alone: on a CPU without bf16 arithmetic, as most laptops
+    have, six seconds for the tiny model where fp32 takes 0.1."""
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                x = whole(p.grad.lerp(average, group["momentum"]))           # FSDP: on every process
+                tall = p.shape[0] / p.shape[1]
+                x = x.mT if tall > 1 else x                                  # G of the shorter side
+                x = x / x.norm().clamp_min(1e-7)
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(share_of(x.mT if tall > 1 else x, p), alpha=group["lr"] * max(1, tall) ** 0.5)
+
 
 def optimizers(model, recipe):
     """AdamW; with recipe.muon, Muon for the weight matrices inside the blocks (it learns the toy's shapes about four
-    times faster) and AdamW for the rest: embeddings, norms, biases."""
+    times faster) and AdamW for the rest: embeddings, projector, norms, biases."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon = recipe.muon and hasattr(torch.optim, "Muon")
-    if recipe.muon and not muon:
-        print(f"torch {torch.__version__} has no Muon (2.9 has): AdamW for everything, expect lower scores")
-    matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n] if muon else []
+    matrices = [p for n, p in named if recipe.muon and p.dim() == 2 and ("layers." in n or "blocks." in n)]
     rest = [p for _, p in named if not any(p is q for q in matrices)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     out = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.98), fused=True)]
     if matrices:
-        out.append(torch.optim.Muon(matrices, lr=recipe.muon, weight_decay=recipe.weight_decay, momentum=0.95))
+        out.append(Muon(matrices, recipe.muon, recipe.weight_decay))
     return out
+
+
+# Dense bf16 peak of a card, operations a second, by what its name holds; of others no MFU is shown.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+        "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def train_flops(model, batch):
+    """Operations of one forward and backward pass, 3 × 2 per multiplication: 6·weights·tokens, and 6·(width of a key +
+    of a value) per layer, head and pair (query, key) that the mask lets meet. Recomputed activations do not count."""
+    cfg, visual, grids = model.cfg, model.visual, batch["grids"]
+    patches, valid = len(batch["patches"]), batch["valid"]
+
+    def matrices(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters() if p.dim() > 1)
+    out = matrices(model.language_model.layers) * int(valid.sum()) + cfg.vocab * cfg.hidden * int(batch["answer"].sum())
+    out += matrices(visual.patch_embed, visual.blocks) * patches
+    out += matrices(visual.merger, visual.deepstack_merger_list) * patches // cfg.merge ** 2
+    pairs = int((batch["mask"].mask[:, 0] & valid[:, :, None]).sum())
+    out += (2 * cfg.head_dim + cfg.rope_width) * cfg.heads * cfg.layers * pairs
+    out += 2 * cfg.vision_hidden * cfg.vision_layers * int((grids.prod(1) ** 2).sum())
+    return 6 * out
+
+
+def shard(model, device):
+    """FSDP2: of each decoder layer, and of all the rest together, a process holds its share of the weights, gradients
+    and optimizer state; the whole weights are there while the layer computes. fp32, as without: autocast casts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device, (world(),))
+    for module in (*model.language_model.layers, model):
+        fully_shard(module, mesh=mesh)
+
+
+def whole(tensor):
+    """A tensor that FSDP shards → all of it (a collective: every process calls it). Any other value: itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_of(value, like):
+    """A whole tensor → this process' share of it, if `like` is sharded and of its shape. Any other value: itself."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+    mesh = like.device_mesh
+    return DTensor.from_local(value.to(like.device), mesh, [Replicate()], run_check=False).redistribute(mesh,
+                                                                                                    like.placements)
+
+
+def unsharded(state):
+    """A state_dict → the same with whole tensors, of sharded ones on process 0 alone, and in its CPU's memory."""
+    if isinstance(state, dict):
+        return {k: unsharded(v) for k, v in state.items()}
+    if isinstance(state, list):
+        return [unsharded(v) for v in state]
+    tensor = whole(state)
+    return state if tensor is state else tensor.cpu() if rank() == 0 else None
 
 
 class Trainer:
@@ -362,16 +473,20 @@ class Trainer:
 
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
-        self.tokenizer = processor.tokenizer
-        self.settings = repr((recipe, args.seed, str(inherits)))           # a resumed run must have the same
+        self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage)
+        self.settings = repr((recipe, args.seed, str(inherits), args.freeze))      # a resumed run must have the same
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
-        self.directory.mkdir(parents=True, exist_ok=True)
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),
                  "projector": (model.visual.merger, model.visual.deepstack_merger_list)}
         for part in {*recipe.freeze, *args.freeze}:
             for module in parts[part]:
                 module.requires_grad_(False)
+        if args.fsdp:
+            shard(model, args.device)
+        model.checkpointing = model.visual.checkpointing = args.checkpointing
+        name = torch.cuda.get_device_name() if args.device == "cuda" else ""
+        self.peak, self.flops = next((peak for card, peak in PEAK.items() if card in name), 0), 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, recipe)
 
@@ -396,24 +511,38 @@ class Trainer:
         """One optimizer step over the accumulated jobs (batch, loss_of, weight) of all processes:
         loss = Σ weight·loss_of(batch)."""
         total = 0.0
+        if self.args.fsdp:
+            jobs = self.even(jobs)
         for batch, loss_of, weight in jobs:
+            self.flops += train_flops(self.model, batch) if self.peak else 0
             with self.autocast():
                 loss = loss_of(self.to_device(batch)) * weight
-            loss.backward()
+            (loss * world() if self.args.fsdp else loss).backward()          # FSDP takes the mean over the processes
             total += float(loss.detach())
-        if world() > 1:
+        if world() > 1 and not self.args.fsdp:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
             for p, part in zip(self.parameters, flat.split([g.numel() for g in grads])):
                 p.grad = part.view_as(p)
-            total = sum(gather(total))
+        total = sum(gather(total))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if torch.isfinite(norm):
+        self.norm = float(whole(norm))
+        if math.isfinite(self.norm):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return total
+
+    def even(self, jobs):
+        """With FSDP all processes go through the same modules together. So that each has equally many batches, some are
+        repeated with weight 0, and a batch without a picture gets a blank one, which stands for no token."""
+        counts, cfg = gather(len(jobs)), self.model.cfg
+        need(min(counts), f"{self.stage}: a process found no readable video for its share of a step; give more --packs")
+        blank = {"patches": torch.zeros(cfg.merge ** 2, 6 * cfg.patch ** 2, dtype=torch.uint8),
+                 "grids": torch.full((1, 2), cfg.merge)}
+        jobs = [(batch if len(batch["patches"]) else batch | blank, *rest) for batch, *rest in jobs]
+        return jobs + [(*jobs[0][:2], 0.0)] * (max(counts) - len(jobs))
 
     def supervised(self, batches):
         """Jobs for `update`: answer cross-entropy, each token weighted by the recipe's reduction (§4). A batch counts
@@ -425,63 +554,95 @@ class Trainer:
             weight = sft_weights(sample, reduction)
             return (F.cross_entropy(logits, token, reduction="none") * weight).sum() / weight.sum()
         totals = [float(sft_weights(b["sample"][:, 1:][b["answer"][:, 1:]], reduction).sum()) for b in batches]
-        whole = sum(gather(sum(totals)))
-        if not whole:
-            raise UserError(f"{self.stage}: no process found a readable video; see what --jobs 1 says")
-        return [(batch, loss_of, total / whole) for batch, total in zip(batches, totals)]
+        total = sum(gather(sum(totals)))
+        need(total, f"{self.stage}: no process found a readable video; see what --jobs 1 says")
+        return [(batch, loss_of, own / total) for batch, own in zip(batches, totals)]
+
+    def held_out(self, rows, root):
+        """What chooses the best checkpoint: the loss on held-out rows; in RL and OPD the rule reward of greedy answers.
+        → name, value, score (greater is better)"""
+        with self.autocast():
+            if self.stage not in ("rl", "opd"):
+                loss = evaluation.held_out_loss(self.model, self.processor, rows, root, name="val")[0]
+                return "val_loss", loss, -loss
+            texts = evaluation.answer_rows(self.model, self.processor, rows, root, max_new=24, name="val")
+        reward = float(np.mean([text is not None and evaluation.reward(text, row) for text, row in zip(texts, rows)]))
+        return "val_reward", reward, reward
 
     def fit(self, step_of, finish=lambda: None):
-        """Run step_of(step) → dict of figures ("loss" and "tokens" among them) for every step; finish(); save."""
-        state_file, first, seen = self.directory / "state.pt", 0, 0
+        """Run step_of(step) → dict of figures ("loss" and "tokens" among them) for every step; finish(); save. With
+        --eval-every, <stage>/best is what scored highest on the held-out rows so far, a checkpoint like the last."""
+        state_file, first, seen, best = self.directory / "state.pt", 0, 0, -math.inf
+        every, steps = self.args.eval_every, self.recipe.steps
+        self.directory.mkdir(parents=True, exist_ok=True)
         if state_file.is_file():
-            state = torch.load(state_file, map_location=self.args.device, weights_only=True)
-            if state["settings"] != self.settings:
-                raise UserError(f"{state_file}: was written with other settings; use those or delete {self.directory}")
-            self.model.load_state_dict(state["model"])
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            need(state["settings"] == self.settings,
+                 f"{state_file}: was written with other settings; use those or delete {self.directory}")
+            own = self.model.state_dict()
+            self.model.load_state_dict({k: share_of(v, own[k]) for k, v in state["model"].items()})
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                for i, held in saved["state"].items():
+                    saved["state"][i] = {k: share_of(v, params[i]) for k, v in held.items()}
                 optimizer.load_state_dict(saved)
-            first, seen = state["step"], state["tokens"]
+            first, seen, best = state["step"], state["tokens"], state["best"]
             print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
         once(lambda: self._cut_metrics(first))
-        steps = self.recipe.steps
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
-        saved, began = time.monotonic(), time.monotonic()
+        saved, began, already, self.flops = time.monotonic(), time.monotonic(), seen, 0
         self.model.train()
         for step in bar:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = optimizer.defaults["lr"] * self.lr(step) / self.recipe.lr
+            self.norm = 0.0                                                  # of the gradient, before it is clipped
             shares = gather(step_of(step))
             figures = {k: float(np.mean([share[k] for share in shares])) for k in shares[0]}
             figures["tokens"] = sum(share["tokens"] for share in shares)
             seen += figures["tokens"]
-            figures = {"stage": self.stage, "step": step, "lr": self.lr(step), **figures}
-            if not math.isfinite(figures["loss"]):
-                raise UserError(f"{self.stage}: the loss is {figures['loss']} at step {step}; lower --lr")
+            figures = {"stage": self.stage, "step": step, "lr": self.lr(step), **figures, "grad_norm": self.norm}
+            need(math.isfinite(figures["loss"]),
+                 f"{self.stage}: the loss is {figures['loss']} at step {step}; lower --lr")
+            if every and ((step + 1) % every == 0 or step + 1 == steps):
+                name, figures[name], score = self.held_out(*self.val)
+                if score > best:
+                    best = score
+                    self._save_model(self.directory / "best", {"stage": self.stage, "step": step, name: figures[name]})
             if rank() == 0:
                 with open(self.metrics, "a") as f:
                     f.write(json.dumps(figures) + "\n")
             shown = {k: f"{v:.3f}" for k, v in figures.items() if isinstance(v, float) and k != "lr"}
+            passed = time.monotonic() - began
+            shown["tok/s"] = f"{(seen - already) / passed:.0f}"
+            if self.peak:                                                    # this process' GPU, without sampling
+                shown["MFU"] = f"{self.flops / passed / self.peak:.1%}"
             bar.set_postfix(shown, refresh=False)
-            if rank() == 0 and time.monotonic() - saved > self.args.save_every:
-                self._save_state(step + 1, seen)
+            if gather(time.monotonic() - saved)[0] > self.args.save_every:
+                self._save_state(step + 1, seen, best)
                 saved = time.monotonic()
         seconds = time.monotonic() - began
         finish()
         done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
                 "seconds": round(seconds, 1), "processes": world(), "recipe": asdict(self.recipe)}
 
-        def leave():
-            save_model(self.directory, self.model, self.tokenizer)
-            (self.directory / "stage.json").write_text(json.dumps(done, indent=1))
-            state_file.unlink(missing_ok=True)
-        once(leave)
+        self._save_model(self.directory, done)
+        once(lambda: state_file.unlink(missing_ok=True))
         self.model.eval()
 
-    def _save_state(self, step, tokens):
-        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": step, "tokens": tokens, "settings": self.settings}
-        write_atomic(self.directory / "state.pt", lambda p: torch.save(state, p))
+    def _save_model(self, directory, record):
+        state = unsharded(self.model.state_dict())
+
+        def leave():                                     # config.json, the sign of a finished stage, comes last
+            directory.mkdir(exist_ok=True)
+            write_atomic(directory / "stage.json", lambda p: p.write_text(json.dumps(record, indent=1)))
+            save_model(directory, self.model, self.tokenizer, state=state)
+        once(leave)
+
+    def _save_state(self, step, tokens, best):
+        state = unsharded({"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                       "step": step, "tokens": tokens, "best": best, "settings": self.settings})
+        once(lambda: write_atomic(self.directory / "state.pt", lambda p: torch.save(state, p)))
 
     def _cut_metrics(self, first):
         """Lines that a killed run wrote after its last checkpoint are written again: drop them."""
@@ -491,18 +652,27 @@ class Trainer:
             write_atomic(self.metrics, lambda p: p.write_text("".join(line + "\n" for line in lines)))
 
 
+def val_rows(args, stage):
+    """The held-out rows of --eval-every and the folder of their media; None without it."""
+    if not args.eval_every:
+        return None
+    path = args.val or args.data_dir / "val.jsonl"
+    rows = [row for row in load_rows(path) if stage not in ("rl", "opd") or row["task"] in ("mcq", "grounding")]
+    need(rows, f"{path}: has no rows of mcq or grounding, whose rewards choose {stage}'s best; give --val FILE")
+    return rows, path.parent
+
+
 # ------------------------------------------------------------------------------------------------------- the stages
 
 def train_supervised(trainer, data):
     """cpt, sft: next token on the answers."""
     loader = None
-    if trainer.args.workers:
-        state = trainer.directory / "state.pt"
-        first = torch.load(state, weights_only=True)["step"] if state.is_file() else 0
-        loader = iter(torch.utils.data.DataLoader(Loader(data, trainer.recipe, first), batch_size=None,
-                                                  num_workers=trainer.args.workers, prefetch_factor=4))
 
     def step_of(step):
+        nonlocal loader
+        if trainer.args.workers and not loader:
+            loader = iter(torch.utils.data.DataLoader(Loader(data, trainer.recipe, step), batch_size=None,
+                                                      num_workers=trainer.args.workers, prefetch_factor=4))
         batches = next(loader) if loader else data.batches(step, trainer.recipe)
         loss = trainer.update(trainer.supervised(batches))
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
@@ -510,11 +680,13 @@ def train_supervised(trainer, data):
 
 
 @torch.no_grad()
-def convert(model, data, args, recipe, spec=CONVERT, steps=4):
+def convert(model, data, args, recipe, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
     damage that cutting it does to some more samples, rebuild the attention. → cached values, relative to GQA's"""
-    layers = model.language_model.layers
-    with Calibration([layer.self_attn for layer in layers]) as calibration:
+    layers, released = model.language_model.layers, args.attn == "released"
+    choices = {**evaluation.DEFAULT, **(FOLDABLE if released else {})}
+    spec = evaluation.spec_of(choices, layers[0].self_attn, args.cache_share)
+    with Calibration([layer.self_attn for layer in layers], raw=released) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
             for batch in data.batches(step, replace(recipe, packs=32)):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
@@ -524,10 +696,14 @@ def convert(model, data, args, recipe, spec=CONVERT, steps=4):
         for tensor in vars(moments).values():
             dist.all_reduce(tensor)
     samples = [samples for rows, root in data.step(steps, 32, 8) if (samples := data.encode(rows, root))]
+    sizes = np.cumsum([sum(int(s.answer.sum()) for s in some) for some in samples]) * model.cfg.vocab
+    samples = samples[:max(1, int((sizes <= 2 ** 27).sum()))]              # half a GB of log-probabilities is kept
     own_damage = evaluation.divergence(model, samples)
     spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
-    model.cfg = replace(model.cfg, attn="m2la", rope_width=spec.rope_width, ranks=ranks)
+    model.cfg = replace(model.cfg, attn=args.attn, rope_width=spec.rope_width, ranks=ranks)
+    for layer in layers if released else ():
+        layer.self_attn = layer.self_attn.fold()
     return evaluation.cache_ratio(spec, calibration.modules, calibration.moments[0].count.tolist())
 
 
@@ -579,6 +755,7 @@ def keep_rows(trainer, data, rule):
         if not kept["keep"]:
             raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is "
                             "too weak or too strong for this data")
+        trainer.directory.mkdir(parents=True, exist_ok=True)
         once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(kept))))
     kept = json.loads(path.read_text())
     ids = set(kept["keep"])
@@ -666,7 +843,7 @@ def token_logp(model, batch):
     return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0], sample
 
 
-def train_opd(trainer, data, teacher_dir, replay=None):
+def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
     """On-policy distillation: the student samples, the teacher judges every token of the sample by reverse KL:
 
         L = mean_i 1/|y_i| Σ_t KL( π(· | x_i, y_i,<t) ‖ π_T(· | x_i, y_i,<t) ),   y_i ~ π
@@ -674,9 +851,10 @@ def train_opd(trainer, data, teacher_dir, replay=None):
     Each sample counts the same, as in the paper's mean_t. A mean over all tokens would leave short answers unheard: a
     span has more tokens than the name of a colour, and more nats on each (it cost 4 points of multiple choice)."""
     r = trainer.recipe
-    teacher, processor = load_model(teacher_dir, trainer.args.device)
-    if processor.tokenizer.tokens != trainer.tokenizer.tokens:
-        raise UserError(f"--teacher {teacher_dir}: its vocabulary differs from the student's; OPD compares by token")
+    need(r.kl_form == "full" or r.temperature == 1, "--kl sampled: is right for samples at temperature 1 alone")
+    teacher, processor = load_model(teacher_dir, teacher_device or trainer.args.device)
+    need((processor.tokenizer.tokens, teacher.cfg.vocab) == (trainer.tokenizer.tokens, trainer.model.cfg.vocab),
+         f"--teacher {teacher_dir}: its vocabulary differs from the student's; OPD compares by token")
     teacher.requires_grad_(False)
 
     def rule():
@@ -708,10 +886,12 @@ def train_opd(trainer, data, teacher_dir, replay=None):
         trainer.model.train()
 
         def loss_of(batch):
+            logits, token, sample = answer_logits(trainer.model, batch)
             with torch.no_grad():
-                target = answer_logits(teacher, batch)[0]
-            logits, _, sample = answer_logits(trainer.model, batch)
-            return sequence_mean(reverse_kl(logits, target), sample, count_of(batch)).mean()
+                there = {k: v.to(teacher.device) for k, v in batch.items()}
+                target = answer_logits(teacher, there)[0].to(logits.device)
+            gap = reverse_kl(logits, target) if r.kl_form == "full" else sampled_kl(logits, target, token)
+            return sequence_mean(gap, sample, count_of(batch)).mean()
         whole = sum(gather(sum(map(count_of, batches))))
         jobs = [(batch, loss_of, count_of(batch) / whole) for batch in batches]
         if replay:
@@ -728,71 +908,174 @@ def chunked(items, size):
 
 # ------------------------------------------------------------------------------------------------- chain and command
 
-def recipe_of(stage, args):
-    """The stage's recipe with the command's overrides."""
-    recipe = TINY[stage]
+def recipe_of(stage, args, parameters):
+    """The stage's recipe with the command's overrides, for a model of so many parameters."""
+    recipe, changes = TINY[stage], dict(LARGE[stage]) if parameters > 1e8 else {}
     flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
-    changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    changes |= {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    if args.kl:
+        changes["kl_form"] = args.kl
     if args.data:
         changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
     return replace(recipe, **changes)
 
 
+def converted_as(start, args):
+    """What the conversion of `start` leaves in convert/stage.json beside its figures."""
+    return {"inherits": str(start), "attn": args.attn, "cache_share": args.cache_share}
+
+
 def start_of(stage, args):
-    """The checkpoint a stage begins with: --init, or the one that the stage before left in --out."""
-    if args.init:
-        return find_model(args.init)
-    previous = PREVIOUS[stage]
-    if stage == "cpt" and args.attn == "m2la" and (args.out / "convert" / "config.json").is_file():
-        previous = "convert"
-    if not (args.out / previous / "config.json").is_file():
-        raise UserError(f"{args.out}: has no finished '{previous}' for '{stage}'; run it first or give --init DIR")
-    return args.out / previous
+    """The checkpoint a stage begins with: --init, or the one that the stage before left in --out. CPT does not convert
+    again what it has converted."""
+    start, record = find_model(args.init) if args.init else args.out / PREVIOUS[stage], args.out / "convert/stage.json"
+    need((start / "config.json").is_file(),
+         f"{args.out}: has no finished '{start.name}' for '{stage}'; run it first or give --init DIR")
+    if stage == "cpt" and record.is_file() and converted_as(start, args).items() <= read_json(record).items():
+        return record.parent
+    return start
+
+
+def data_of(stage, recipe, model, processor, args):
+    """The stage's own data."""
+    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
+    if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
+        data.only(("mcq", "grounding"))
+    return data
+
+
+COLOURS = {"vision": "\033[36m{}\033[0m", "prompt": "\033[2m{}\033[0m", "loss": "\033[1;32m{}\033[0m"}
+BRACKETS = {"vision": "{}", "prompt": "{}", "loss": "[[{}]]"}
+
+
+def show_samples(stage, args):
+    """--show-sample N: the first N packs of the stage, token by token as the model reads them, the tokens of the loss
+    marked. RL and OPD learn from their own answers: here those that the start samples for the data before its filter.
+    Writes no file; for supervised stages the weights are not even read."""
+    start, on_policy = start_of(stage, args), stage in ("rl", "opd")
+    if on_policy:
+        model, processor = load_model(start, args.device)
+    else:
+        processor = Processor(Tokenizer.load(start), Config.load(start / "config.json"))
+        with torch.device("meta"):
+            model = build_model(processor.cfg, processor.tokenizer)
+    args.fsdp, recipe = False, recipe_of(stage, args, sum(p.numel() for p in model.parameters()))
+    trainer = Trainer(model, processor, recipe, stage, args, start)
+    data, left = data_of(stage, recipe, model, processor, args), args.show_sample
+    group = recipe.group if stage == "rl" else 1
+    marks = COLOURS if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else BRACKETS
+    print(f"{stage}: {marks['loss'].format('in the loss')} {marks['prompt'].format('prompt')} "
+          f"{marks['vision'].format('<n vision>')}")
+    for step in range(recipe.steps):
+        for rows, root in data.step(step, recipe.packs, recipe.branches):
+            samples = left and data.encode(rows, root)
+            if not samples:                              # no more wanted, or unreadable
+                continue
+            if on_policy:
+                rows, prompts, outs, _ = rollout(trainer, data, [(rows, root)], group, trainer.generator(step),
+                                                 recipe.temperature)
+                samples = [complete(prompts[i // group], out.ids) for i, out in enumerate(outs)]
+            pack, media = data.pack(rows, samples, root, group), first_media(rows[0])
+            length = torch.bincount(pack.sample[pack.answer])
+            power = 1 if on_policy else {"mean": 0, "square": 0.5}[recipe.reduction]
+            notes = [f"weight {m ** -power:.3f} a token" for m in length.tolist()]
+            if stage == "rl":
+                rewards = torch.tensor([evaluation.reward(o.text(processor.tokenizer), rows[i // group])
+                                        for i, o in enumerate(outs)])
+                notes = [f"{note}, reward {r:.2f}, advantage {a:+.2f}"
+                         for note, r, a in zip(notes, rewards, advantages(rewards, group))]
+            text = f"{media[media['type']]}" if media else "text alone"
+            print(f"\n=== {plain(text)}: {len(samples)} conversations, {len(pack.ids)} tokens "
+                  f"({sum(len(s.ids) for s in samples)} if not packed), {int(pack.answer.sum())} in the loss")
+            print_pack(pack, processor.tokenizer, model.vision_ids, marks,
+                       [f"{plain(rows[i // group]['id'])}: {note}" for i, note in enumerate(notes)])
+            left -= 1
+        if not left:
+            return
+    raise UserError(f"{stage}: only {args.show_sample - left} readable samples; {next(iter(data.skipped), '')}")
+
+
+def plain(text):
+    """Text of a data file, or of a model, for a terminal: nothing in it commands the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def print_pack(pack, tokenizer, vision_ids, marks, notes):
+    """One pack as the tree that it is: what is shared, then each branch, indented under what it continues."""
+    kinds = np.where(pack.answer, "loss", np.where(torch.isin(pack.ids, torch.tensor(vision_ids)), "vision", "prompt"))
+    for branch in pack.branch.unique().tolist():
+        at = (pack.branch == branch).nonzero()[:, 0].tolist()
+        conversation, depth = int(pack.sample[at[0]]), (branch > 0) + int(pack.parent[at[0]] > 0)
+        what = "shared" if conversation < 0 else f"{conversation + 1}. {notes[conversation]}"
+        bar, text = "│  " * depth, ""
+        print(f"{bar[3:]}{'├─ ' * (depth > 0)}{what}; {len(at)} tokens, {int(pack.answer[at].sum())} in the loss")
+        for kind, run in groupby(at, kinds.__getitem__):
+            ids = pack.ids[list(run)].tolist()
+            words = f"<{len(ids)} vision>" if kind == "vision" else plain(tokenizer.decode(ids))
+            text += "\n".join(marks[kind].format(line) if line else "" for line in words.split("\n"))
+        print(*(bar + line for line in text.split("\n")), sep="\n")
 
 
 def run_stage(stage, args):
     """Train one stage and leave its checkpoint in --out/<stage>."""
-    recipe = recipe_of(stage, args)
-    if recipe.packs < world():
-        raise UserError(f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
+    need(world() > 1 or not args.fsdp, "--fsdp: needs several processes, by torchrun or --jobs N")
     start = start_of(stage, args)
     model, processor = load_model(start, args.device)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{stage}: starts from {start} ({model.cfg.attn}, {size:.2f} M parameters)")
+    size = sum(p.numel() for p in model.parameters())
+    recipe = recipe_of(stage, args, size)
+    need(recipe.packs >= world(),
+         f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
+    print(f"{stage}: starts from {start} ({model.cfg.attn}, {size / 1e6:.2f} M parameters)")
 
-    if stage == "cpt" and args.attn == "m2la" and model.cfg.attn == "gqa":
-        convert_stage(model, processor, args)
+    stage_data = data_of(stage, recipe, model, processor, args)
+    held = held_out(args, stage_data) if stage == "cpt" else []
+    converts = stage == "cpt" and model.cfg.attn == "gqa" != args.attn
+    before = loss_on(model, processor, held) if held and (converts or args.data) else None
+    if converts:
+        convert_stage(model, processor, args, start, stage_data, held, before)
+        start = args.out / "convert"
     elif model.cfg.attn != args.attn:
         kind = model.cfg.attn
         raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
     trainer = Trainer(model, processor, recipe, stage, args, start)
-    stage_data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
-    if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
-        stage_data.only(("mcq", "grounding"))
     if stage == "rl":
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
         replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, model.vision_ids, args.seed, "replay")
-        train_opd(trainer, stage_data, teacher, replay)
+        train_opd(trainer, stage_data, teacher, replay, args.teacher_device)
     else:
         train_supervised(trainer, stage_data)
+    if held and args.data:
+        print(f"{stage}: held-out loss {before:.4f} → {loss_on(model, processor, held):.4f} nats")
     if stage_data.skipped:
         count, first = sum(stage_data.skipped.values()), next(iter(stage_data.skipped))
         print(f"{stage}: skipped {count} draws of unreadable videos; first: {first}")
     return model, processor
 
 
-def convert_stage(model, processor, args):
-    """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
-    data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
-    rows = load_rows(args.data_dir / "val.jsonl")
+def held_out(args, data):
+    """[(rows, root)] that CPT does not see: of --val, of the toy's val.jsonl, or one video in twenty of --data."""
+    if args.data and not args.val:
+        return data.hold_out()
+    path = args.val or args.data_dir / "val.jsonl"
+    return [(load_rows(path), path.parent)]
 
-    def held_out():
-        return evaluation.held_out_loss(model, processor, rows, args.data_dir)[0]
-    before = held_out()
+
+def loss_on(model, processor, held):
+    tables = [evaluation.held_out_loss(model, processor, rows, root)[1] for rows, root in held]
+    nats, tokens = np.concatenate(tables).sum(0)
+    return float(nats / max(1.0, tokens))
+
+
+def convert_stage(model, processor, args, start, data, held, before):
+    """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
+    if not held:
+        raise UserError("--data: holds one video only, none can be held out to measure the conversion; give --val")
+    if not args.data:
+        data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
     ratio = convert(model, data, args, TINY["cpt"])
-    after = held_out()
+    after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
           f"held-out loss {before:.4f} → {after:.4f} nats")
     if not after < before + args.max_damage:
@@ -801,7 +1084,8 @@ def convert_stage(model, processor, args):
 
     def leave():
         save_model(args.out / "convert", model, processor.tokenizer)
-        (args.out / "convert" / "stage.json").write_text(json.dumps({"cache_ratio": ratio}))
+        record = {"cache_ratio": ratio, **converted_as(start, args)}         # last: start_of looks for it
+        write_atomic(args.out / "convert" / "stage.json", lambda p: p.write_text(json.dumps(record)))
     once(leave)
 
 
@@ -863,6 +1147,7 @@ def whole_recipe(args):
     evaluation.print_table(results)
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
+    once(lambda: print(evaluation.report_line(args.out)))
 
 
 def assemble(scores, gap_kinds, args):
@@ -892,52 +1177,77 @@ def main():
     add = parser.add_argument_group("what to run").add_argument
     add("--stage", choices=["cpt", "sft", "rl", "opd"], help="one stage; without it the whole recipe, tiny")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
-    add("--attn", choices=["m2la", "gqa"], default="m2la", help="attention; gqa: without conversion")
+    add("--attn", choices=["m2la", "gqa", "released"], default="m2la",
+        help="attention; gqa: without conversion; released: the authors' linear layer, which save_hf can write")
     add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a directory per stage, metrics, results")
-    add("--init", help="start from this checkpoint directory instead of the stage before in --out")
+    add("--init", help="start from this checkpoint directory, ours or Hugging Face's, instead of the stage before in "
+                       "--out")
     add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
+    add("--show-sample", type=int, metavar="N", help="print N packed samples of the stage, the loss mask marked; exit")
     add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
+    add("--val", type=Path, metavar="F.jsonl", help="held-out rows, of cpt and of --eval-every (default: val.jsonl of "
+        "--data-dir; cpt with --data: one video in twenty of it, which is not trained on)")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
     add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
     add = parser.add_argument_group("training").add_argument
+    add("--eval-every", type=int, default=0, metavar="N", help="score held-out rows every N steps and at the end, keep "
+        "the best in <stage>/best: by loss, in rl and opd by reward (default 0: never)")
     add("--steps", type=int, help="steps of the stage (default: the recipe's)")
     add("--lr", type=float, help="peak learning rate")
     add("--muon", type=float, help="learning rate of Muon for weight matrices (0: AdamW for everything)")
     add("--packs", type=int, help="videos per step")
     add("--branches", type=int, help="questions per video")
     add("--tokens", type=int, help="padded tokens of one forward; a larger step is accumulated")
+    add("--kl", choices=["full", "sampled"], help="opd: reverse KL over the vocabulary (default) or, the paper's form, "
+        "of sampled tokens")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--freeze", default="", help="parts that are not trained: vision,projector")
+    add("--cache-share", type=float, default=0.5, help="conversion: cache bytes that are left of GQA's (default 0.5)")
     add("--max-damage", type=float, default=0.3, help="conversion: largest rise of the held-out loss, nats")
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--teacher-device", help="opd: where the teacher is, cpu, cuda or cuda:1 (default: --device)")
     add("--workers", type=int, default=0, help="processes that prepare training batches (default 0: in this one)")
     add("--jobs", type=int, help="processes that share each step (default: the CPU's cores, at most 4; with a GPU 1, "
                                  "there `torchrun --nproc_per_node=N train.py` starts them)")
+    add("--fsdp", action="store_true", help="cpt, sft: spread weights, gradients, optimizer state over the processes")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
-    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed"):
-        least = 0 if name in ("muon", "workers", "save_every", "seed") else 1
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if args.lr is not None and not 0 < args.lr < 1:
-        raise UserError(f"--lr {args.lr}: must be between 0 and 1")
+    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed",
+                 "show_sample", "eval_every"):
+        least = 0 if name in ("muon", "workers", "save_every", "seed", "eval_every") else 1
+        value = getattr(args, name)
+        need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    need(args.lr is None or 0 < args.lr < 1, f"--lr {args.lr}: must be between 0 and 1")
+    need(0 < args.cache_share < 1, f"--cache-share {args.cache_share}: must be between 0 and 1")
     args.freeze = [part for part in args.freeze.split(",") if part]
-    if set(args.freeze) - {"vision", "projector"}:
-        raise UserError(f"--freeze {','.join(args.freeze)}: parts are vision, projector")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here")
+    need(set(args.freeze) <= {"vision", "projector"}, f"--freeze {','.join(args.freeze)}: parts are vision, projector")
+    devices = ["cpu", *["cuda"][:torch.cuda.device_count()], *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for name in ("device", "teacher_device"):
+        need(getattr(args, name) in (*devices, None), f"--{name.replace('_', '-')} {getattr(args, name)}: PyTorch sees "
+             f"{', '.join(devices)} here")
     args.data_dir = args.data_dir or args.out / "data"
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    stage = f"sft_{args.phase}" if args.stage == "sft" else args.stage
+    need(args.eval_every or stage == "cpt" or not args.val, "--val: is for --stage cpt and for --eval-every N")
+    if args.show_sample:
+        need(stage, "--show-sample: needs --stage")
+        return show_samples(stage, args)
+    need(not args.fsdp or stage in ("cpt", "sft_short", "sft_long"), "--fsdp: for --stage cpt or sft; rl and opd "
+         "sample answers, which needs all weights at each token")
+    need(stage or not args.eval_every, "--eval-every: needs --stage")
+    val_rows(args, stage)                                # a mistake in it speaks now, not after the conversion
+    need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
     args.out.mkdir(parents=True, exist_ok=True)
     evaluation.join_processes(args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1), args.device)
-    if args.stage is None:
+    if stage is None:
         whole_recipe(args)
     else:
-        run_stage(f"sft_{args.phase}" if args.stage == "sft" else args.stage, args)
+        run_stage(stage, args)
 
 
 if __name__ == "__main__":

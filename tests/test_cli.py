@@ -1,6 +1,9 @@
 """The commands as a user runs them: help, mistakes (one line, exit code 2, nothing left behind), a first small run."""
 import json
 import os
+import random
+import re
+import select
 import shutil
 import signal
 import subprocess
@@ -12,9 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import iv3
+
 ROOT = Path(__file__).parents[1]
 FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py",
-         "data/curate/prepare.py"]
+         "data/curate/prepare.py", *(f"data/{name}/prepare.py" for name in (
+             "videomme", "mlvu", "egoschema", "lvbench", "charades_sta"))]
 TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
 PRETRAINED = ("vision", "near", "base", "teacher")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -42,22 +48,26 @@ for line in sys.stdin:
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
+    print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """command(cwd, "iv3.py", "--help") → exit code, stdout, stderr"""
+    """command(cwd, "iv3.py", "--help") → exit code, stdout, stderr; kill: SIGKILL after seconds"""
     logs = tmp_path_factory.mktemp("logs")
     server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=ENV)
 
-    def call(cwd, file, *arguments):
+    def call(cwd, file, *arguments, kill=None):
         job = {"cwd": str(cwd), "argv": [str(ROOT / file), *map(str, arguments)], "stdout": str(logs / "out"),
                "stderr": str(logs / "err")}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
+        pid = int(server.stdout.readline())
+        if kill is not None and not select.select([server.stdout], [], [], kill)[0]:
+            os.kill(pid, signal.SIGKILL)
         code = int(server.stdout.readline())
         return code, (logs / "out").read_text(), (logs / "err").read_text()
     yield call
@@ -106,6 +116,7 @@ MISTAKES = [
     (["iv3.py", VIDEO, "What?", "--model", "wide"], "wide/weights.pt: tensor language_model.layers.0.mlp"),
     (["iv3.py", "--estimate", "huge"], "huge: neither a preset (tiny, "),
     (["iv3.py", "--estimate", "tiny", "--memory", "0"], "--memory"),
+    (["data/mlvu/prepare.py", "--annotations", "no", "--media", ".", "--out", "o"], "--annotations no: no such file"),
     (["mcr_agent.py"], "give VIDEO"),
     (["mcr_agent.py", "nowhere.mp4", "What?"], "nowhere.mp4"),
     (["mcr_agent.py", VIDEO, "What?", "--calls", "-1"], "--calls -1"),
@@ -124,7 +135,13 @@ MISTAKES = [
     (["train.py", "--stage", "cpt", "--init", "absent", *TRAIN], "absent: no model found"),
     (["train.py", "--stage", "cpt", "--attn", "gqa", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
     (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
+    (["train.py", "--show-sample", "2"], "--show-sample: needs --stage"),
     (["train.py", "--freeze", "all"], "--freeze all"),
+    (["train.py", "--teacher-device", "cuda:99"], "--teacher-device cuda:99"),
+    (["train.py", "--val", "bad.jsonl"], "--val: needs --eval-every"),
+    (["train.py", "--stage", "cpt", "--eval-every", "1", *TRAIN, "--data-dir", "empty"], "empty/val.jsonl: no such"),
+    (["train.py", "--stage", "rl", "--fsdp"], "--fsdp: for --stage cpt or sft"),
+    (["train.py", "--stage", "cpt", "--fsdp", *TRAIN], "--fsdp: needs several processes"),
     (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
     (["data/toy/prepare.py", "--out", "data", "--seed", "1"], "data/done.json"),
     (["data/toy/pretrain.py", "--out", "empty/e", "--clips", "-1"], "--pretrain -1"),
@@ -191,6 +208,38 @@ def test_scoring_a_file(command, world):
     assert json.loads((world / "scores.json").read_text())
 
 
+def show_sample(command, world, *flags):
+    before = files(world)
+    code, out, err = command(world, "train.py", "--attn", "gqa", "--init", "runs/tiny/base", "--data-dir", "data",
+                             *flags)
+    assert code == 0 and err == "" and files(world) == before, err
+    return out
+
+
+def test_the_loss_mask_of_own_rows_can_be_seen(command, world):
+    """All that an assistant writes, in any turn, its end of turn included, and nothing else; no escape codes run."""
+    video = {"type": "video", "video": VIDEO, "start": 0, "end": 4, "fps": 1}
+    turns = [("user", [video, {"type": "text", "text": "Look."}]), ("assistant", "<think>\nred</think>\ncall"),
+             ("tool", "square"), ("assistant", "a square\x1b[31m")]
+    row = {"id": "mine", "task": "mcr", "messages": [{"role": role, "content": content} for role, content in turns]}
+    (world / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    out = show_sample(command, world, "--stage", "sft", "--data", "mine.jsonl", "--show-sample", 1)
+    (world / "mine.jsonl").unlink()
+    body = re.sub("^│  ", "", out.partition("in the loss\n")[2], flags=re.M)
+    marked = re.findall(r"\[\[(.*)\]\]$", body, flags=re.M)
+    assert marked == ["<think>", "red</think>", "call<|im_end|>", r"a square\x1b[31m<|im_end|>"]
+    assert body.count("<1 vision>") == 2 and "\x1b" not in out and "mine: weight " in out
+    tokenizer = iv3.Tokenizer.load(world / "runs" / "tiny" / "base")
+    count = len(tokenizer.encode("<think>\nred</think>\ncall<|im_end|>a square\x1b[31m<|im_end|>"))
+    assert f"{count} in the loss\n" in out and f"weight {count ** -0.5:.3f} a token" in out
+
+
+def test_the_samples_of_rl_are_a_tree_with_rewards(command, world):
+    out = show_sample(command, world, "--stage", "rl", "--branches", 2, "--show-sample", 2)
+    assert out.count("\n===") == 2 and out.count("\n├─ shared") >= 3
+    assert len(re.findall(r"\n│  ├─ \d+\. rl-.*, reward \d.\d\d, advantage [+-]", out)) == 8 * out.count("\n├─ shared")
+
+
 def test_two_processes_do_what_one_does(command, world):
     """Training: the same losses. Scores of a file, direct and of the agent: the same results."""
     losses, scores = {}, {}
@@ -204,9 +253,11 @@ def test_two_processes_do_what_one_does(command, world):
         scores[jobs] = []
         for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
             code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 10, "--max-new", 4,
-                                   *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json")
+                                   *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json", "--out",
+                                   f"{file}{jobs}.jsonl")
             assert code == 0, err
-            scores[jobs].append(json.loads((world / "by.json").read_text()))
+            samples = [json.loads(line) for line in (world / f"{file}{jobs}.jsonl").open()]
+            scores[jobs].append([json.loads((world / "by.json").read_text()), [{**x, "ms": 0} for x in samples]])
     assert losses[1][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[1][1] == losses[2][1]
     assert scores[1] == scores[2]
 
@@ -231,6 +282,30 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     assert [json.loads(x)["step"] for x in metrics.open()] == list(range(60))
 
 
+@pytest.mark.parametrize("stage", ["cpt", "sft", "rl", "opd"])
+def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
+    """At a random one of those that an unbroken run has; what the next run leaves is equal to what that one left."""
+    shipped = ROOT / "data" / "toy" / "weights"
+    arguments = ["train.py", "--stage", stage, "--data-dir", world / "data", "--steps", 3, "--packs", 2, "--jobs", 1,
+                 "--branches", 2, "--save-every", 0, "--attn", "gqa", "--teacher", shipped / "teacher", "--init",
+                 shipped / ("teacher" if stage == "rl" else "base"), "--kl", "sampled", "--teacher-device",
+                 "cpu", "--out"]
+
+    def weights_and_metrics(out):
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.name in ("weights.pt", "metrics.jsonl")}
+    began = time.monotonic()
+    code, _, err = command(tmp_path, *arguments, "whole")
+    seconds = time.monotonic() - began
+    assert code == 0, err
+    moment = random.uniform(0.2, 0.95) * seconds
+    killed, *_ = command(tmp_path, *arguments, "killed", kill=moment)
+    code, _, err = command(tmp_path, *arguments, "killed")
+    assert code == 0 and killed in (-signal.SIGKILL, 0), err                 # 0: it was faster this time
+    whole, again = (weights_and_metrics(tmp_path / out) for out in ("whole", "killed"))
+    assert len(whole) == 2 and whole == again, f"killed after {moment:.2f} of {seconds:.2f} s"
+    assert not list(tmp_path.rglob("state.pt"))
+
+
 def test_the_whole_recipe_from_one_command(command, world):
     """Data, conversion, four stages, agent and table, at the smallest scale; a second call only prints the table."""
     arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 3, "--jobs", 1)
@@ -246,6 +321,8 @@ def test_the_whole_recipe_from_one_command(command, world):
     assert 0.45 < results["convert"]["cache_ratio"] <= 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
     for evidence in ("unseen", "seen"):
         assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
+    assert out.endswith("whole/report.html and report.md written\n")
+    assert (world / "whole" / "report.html").read_text().count("data:image/png") >= 5 * 6
     weights = (world / "whole" / "opd" / "weights.pt").read_bytes()
     code, again, err = command(world, *arguments)
     table, same = (text.partition("\nS: ")[2].partition("whole/results.json")[0] for text in (out, again))

@@ -1,5 +1,7 @@
 """Scores, intervals, baselines, missing videos, tables and the command of eval.py."""
+import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +47,18 @@ def grounding(start, end, clip="a.mp4", duration=20.0, **more):
     ("mauve (B)", "B"), ("(B) red", None), ("red (B)", None), ("B. red", None), ("the answer is B, red", None),
     ("red or blue", None), ("red (A) blue (B)", None), ("(A) red (B)", None), ("blueish", None),
     ("E", None), ("blue (E)", "B"), ("I do not know", None), ("", None), (None, None), ("<think>B</think>", None),
+    # formats.md: what other extractors get wrong ("Based" is no B, "Answer" no A, "A dog" no A)
+    ("Based on the video, the answer is C", "C"), ("Answer: D", "D"), ("The correct option is: B.", "B"),
+    ("A dog barks.", None), ("An apple", None), ("Best option: (C", "C"), ("B) blue\n", "B"), ("Blue.", "B"),
+    ("A or B? I believe it is green", "C"), ("<think>unfinished, the answer is B", "B"), ("</think>", None),
 ])
 def test_parse_letter(text, letter):
     assert evaluation.parse_letter(text, OPTIONS) == letter
+
+
+def test_an_option_is_known_without_its_full_stop():
+    assert [evaluation.parse_letter(text, ["A dog.", "Mr. Cat.", "."]) for text in ("a dog", "Mr. Cat", ".")] == [
+        "A", "B", None]
 
 
 def test_parse_letter_with_equal_options_needs_the_letter():
@@ -246,6 +257,103 @@ def test_texts_return_to_their_rows_after_sorting_by_length(world, monkeypatch):
     assert [f"row {n}" in text for n, text in enumerate(texts)] == [True] * 5
 
 
+def command(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    return iv3.run_cli(evaluation.main)
+
+
+def records_of(path, *but):
+    return [{k: v for k, v in json.loads(line).items() if k not in but} for line in path.read_text().splitlines()]
+
+
+def test_a_killed_run_resumes_to_the_same_samples_and_scores(world, monkeypatch, capsys):
+    """Killed in the fourth of five batches, with a torn line and a second process's part. Of the three batches before,
+    one is whole; one lost a line, and one has a row that could not be read and may be there now."""
+    rows = [mcq("A", kind=f"k{i}", clip="ab"[i % 2] + ".mp4") for i in range(5)] + [mcq("B", clip="gone.mp4")]
+    rows += [{**grounding(1.0, 2.0), "id": "said", "task": "caption"}]
+    data = write_rows(world.root / "many.jsonl", rows)
+    model = world.root / "mine"
+    iv3.save_model(model, world.model, world.processor.tokenizer)
+    run = ["--data", data, "--model", model, "--batch", 2, "--max-new", 6, "--blind"]
+    command(monkeypatch, [*run, "--out", world.root / "whole"])
+    whole, samples = world.root / "whole" / "samples.jsonl", world.root / "killed.jsonl"
+    lines = records_of(whole)
+    assert len(lines) == 1 + 2 * 6 + 1 and {"frames", "tokens", "ms", "text", "prediction"} <= set(lines[1])
+    assert [x["reward"] for x in lines if x.get("text", "") is None] == [0.0] * 3     # what shows gone.mp4
+    generate, count = iv3.generate, []
+
+    def killed(*args, **kwargs):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(iv3, "generate", killed)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, [*run, "--out", samples])
+    half = samples.read_text().splitlines(keepends=True)
+    samples.write_text("".join(half[:3]) + half[3][:20])
+    (world.root / "killed.jsonl.part1").write_text("".join(half[4:]))
+    count[:] = [1] * 10
+    command(monkeypatch, [*run, "--out", samples, "--resume", "--json", world.root / "killed.json"])
+    assert records_of(samples, "ms") == records_of(whole, "ms")
+    assert not (world.root / "killed.jsonl.part1").exists() and len(count) == 10 + 5 - 1          # one was done
+    scores = [json.loads(p.read_text()) for p in (world.root / "whole/summary.json", world.root / "killed.json")]
+    assert scores[0] == scores[1]
+
+    def refused(word, *change):
+        before = samples.read_text()
+        with pytest.raises(SystemExit):
+            command(monkeypatch, [*run, "--out", samples, *change])
+        assert word in capsys.readouterr().err and samples.read_text() == before
+
+    refused("--resume")
+    refused("made with max_new 6, this run has 5", "--max-new", 5, "--resume")
+    refused("made with seed", "--seed", 1, "--resume")
+    other = copy.deepcopy(world.model)
+    other.language_model.norm.weight.data[0] += 1
+    iv3.save_model(model, other, world.processor.tokenizer)
+    refused("made with weights_sum", "--resume")
+    write_rows(world.root / "many.jsonl", [{**rows[0], "answer": "C"}, *rows[1:]])
+    refused("made with rows_hash", "--resume")
+
+
+def sample(id, reward, kind="colour", clip=None, task="mcq"):
+    return {"id": id, "pass": "answers", "task": task, "kind": kind, "clip": clip or id, "reward": reward}
+
+
+def test_two_runs_compared_by_hand(tmp_path, monkeypatch, capsys):
+    """Two clips of two items: B gains on clip a (0 → 1, twice), loses on clip b once. A bootstrap draws the clips
+    (a,a), (a,b), (b,a), (b,b): differences 1, 1/4, 1/4, -1/2."""
+    a = [sample("1", 0, clip="a"), sample("2", 0, clip="a"), sample("3", 1, clip="b"), sample("4", 1, clip="b")]
+    b = [sample("1", 1, clip="a"), sample("2", 1, clip="a"), sample("3", 0, clip="b"), sample("4", 1, clip="b")]
+    a += [sample("5", 0.4, "when", task="grounding"), sample("left", 1)]
+    b += [sample("5", 0.6, "when", task="grounding"), sample("new", 1), sample("newer", 1)]
+    write_rows(tmp_path / "a.jsonl", [{"settings": {}}, *a])
+    (tmp_path / "b").mkdir()
+    write_rows(tmp_path / "b" / "samples.jsonl", [{"settings": {}}, *b])
+    command(monkeypatch, ["--compare", tmp_path / "a.jsonl", tmp_path / "b", "--json", tmp_path / "c.json"])
+    result, out = json.loads((tmp_path / "c.json").read_text()), capsys.readouterr().out
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["grounding", "grounding when", "mcq", "mcq colour"]
+    assert (rows["mcq"]["a"], rows["mcq"]["b"], rows["mcq"]["difference"], rows["mcq"]["n"]) == (0.5, 0.75, 0.25, 4)
+    assert rows["mcq"]["ci"] == [-0.5, 1.0] and (rows["mcq"]["only_a"], rows["mcq"]["only_b"]) == (1, 2)
+    assert rows["grounding"]["difference"] == pytest.approx(0.2) and rows["grounding"]["only_b"] == 1
+    assert result["not_in_b"] == ["left"] and result["not_in_a"] == ["new", "newer"]
+    assert "1 items are not in B and not compared: left" in out and "2 items are not in A" in out and "newer" in out
+    same = evaluation.compare(tmp_path / "b", tmp_path / "b")
+    assert [[r["difference"], r["ci"], r["only_a"], r["only_b"]] for r in same["rows"]] == [[0, [0, 0], 0, 0]] * 4
+
+
+def test_a_comparison_of_other_items_is_refused(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"settings": {}}, sample("1", 1)])
+    for rows, word in (([sample("1", 1, clip="z")], "other data"), ([sample("2", 1)], "no item is in both"),
+                       ([{"id": "1"}], "b.jsonl:2: not a line")):
+        write_rows(tmp_path / "b.jsonl", [{"settings": {}}, *rows])
+        with pytest.raises(UserError, match=word):
+            evaluation.compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
 def test_held_out_loss_is_the_mean_over_answer_tokens_only(world):
     rows = [mcq("A", clip="a.mp4"), grounding(1.0, 2.0, clip="b.mp4"), mcq("A", clip="gone.mp4")]
     loss, table = evaluation.held_out_loss(world.model, world.processor, rows, world.root, batch_size=2)
@@ -295,7 +403,8 @@ def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch)
         first = {"text": "red (A)" if answer == "blue (B)" else "blue (B)"}
         first = {"record": "step", "action": "answer", "arguments": first}
         trace = [{"record": "start"}, {**first, "action": "view"}, first]
-        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8, trace=trace)
+        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8, tokens=9,
+                               trace=trace)
 
     def answer_rows(model, processor, rows, *args, **kwargs):
         prompts.extend(rows)
@@ -324,7 +433,7 @@ def test_the_command_ablates_the_agent(world, monkeypatch, capsys):
 
     def run_agent(*args, **how):
         left_out.append(list(how["without"]))
-        return SimpleNamespace(answer="blue (B)", evidence=[], budget_exhausted="", frames=8, trace=[])
+        return SimpleNamespace(answer="blue (B)", evidence=[], budget_exhausted="", frames=8, tokens=9, trace=[])
     monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
     monkeypatch.setattr(evaluation, "answer_rows", lambda *_, **__: ["red (A)"])
     monkeypatch.setattr(sys, "argv", ["eval.py", "--data", data, "--model", str(world.root / "model"), "--agent",
@@ -369,6 +478,104 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
     assert json.loads((tmp_path / "run/results.json").read_text()) == results
     assert (tmp_path / "run/results.md").read_text().strip() == evaluation.render(results)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "results.md"]
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+EVIL = "<script>x</script> ![](http://evil/x.png) `|\n\n# not a heading"
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """A finished run as train.py leaves it, small: eight test items, answered half right, one with markup in it."""
+    (tmp_path / "data").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "data" / name).write_bytes((world.root / name).read_bytes())
+    rows = [mcq("B", kind=f"k{i}") for i in range(5)] + [grounding(i, i + 2.0, "b.mp4", 6.0) for i in (0.0, 1.0, 2.0)]
+    texts = ["blue (B)", EVIL, "blue", "red", None, "From 0.0 to 2.0 seconds.", "From 4.0 to 5.0 seconds.", "hm"]
+    write_rows(tmp_path / "data" / "test_short.jsonl", rows)
+    scores = {"meta": {"data": "elsewhere/data/test_short.jsonl"}, "texts": {r["id"]: t for r, t in zip(rows, texts)},
+              "items": {r["id"]: evaluation.reward(t, r) for r, t in zip(rows, texts)}}
+    recipe = {"steps": 40, "lr": 0.001, "muon": 0, "packs": 8, "branches": 4, "mix": {"sft_short.jsonl": 1.0}}
+    done = {"inherits": "x/cpt", "tokens": 2e6, "seconds": 90, "processes": 2, "recipe": recipe}
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "scores.json").write_text(json.dumps({"short": scores}))
+    (tmp_path / "rl" / "stage.json").write_text(json.dumps(done))
+    lines = [{"stage": "rl", "step": i, "loss": 0.1, "reward": i / 40, "tokens": 9} for i in range(40)]
+    write_rows(tmp_path / "metrics.jsonl", lines)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "rl", "step": 40, "lo')                                                     # torn
+    evaluation.write_results(fake_results(), tmp_path)
+    return tmp_path
+
+
+def bench_file(run):
+    """decode.json: 0.1 MB of cache a token of M2LA, 0.2 of GQA, 1 MB of weights, a step takes 10 times its limit."""
+    rows = []
+    for context in (10, 20):
+        row = {"name": "x", "context": context, "gqa_eager_ms": None}
+        for kind, mb in (("m2la", 0.1 * context), ("gqa", 0.2 * context)):
+            row |= {f"{kind}_cache_mb": mb, f"{kind}_ms": 10 * (mb + 1), f"{kind}_gb_s": 0.1, f"{kind}_of_copy": 0.1}
+        rows.append(row)
+    env = {"preset": "tiny", "layers": 2, "attention_only": False, "dtype": "torch.float32", "device": "CPU",
+           "copy_gb_s": 1.0, "memory_gb": 10.001}
+    (run / "decode.json").write_text(json.dumps({"env": env, "rows": rows}))
+    (run / "conversion.json").write_text(json.dumps({"env": {"model": "m"}, "rows": [
+        {"name": "paper", "loss_change": 2.1494, "seconds": 3.0}, {"name": "default", "loss_change": 0.019}]}))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_report_holds_tables_curves_and_five_answers(drawn, run, monkeypatch, capsys):
+    if drawn:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench_file(run)
+    command(monkeypatch, ["--report", run])
+    text, page = (run / "report.md").read_text(), (run / "report.html").read_text()
+    assert f"{run}/report.html" in capsys.readouterr().out
+    assert evaluation.render(fake_results()) in text
+    assert "reward 0.0375 → 0.938" in text and "2.00 M" in text                            # tenths of i/40; tokens
+    assert "| 20            | 30       | 50           | does not fit  | 3           | 5 " in text and "2.149" in text
+    assert "0.1 M tokens with M²LA, 0.05 M tokens with good GQA" in text                   # 10 GB by 0.1 and 0.2 MB
+    assert text.count("### ") == 5 and len(re.findall("→ (right|IoU 1.00)", text)) == 3     # all there are, of 8
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(pictures) >= 5 * 6 and all((run / name).stat().st_size for name in pictures)
+    assert ("report/training.svg" in pictures and "report/decode.svg" in pictures) == drawn
+    assert ("pip install matplotlib" in text) != drawn
+    assert len(pictures) == page.count("<img ") == page.count('src="data:image/')
+    both = text + page
+    assert "<script" not in both and "http://evil" not in page.replace("http&#58;", "") and "# not a" not in page
+
+
+def test_the_report_shows_a_models_text_as_text_only(run):
+    for row in evaluation.stage_samples(run / "rl").values():
+        if row["text"] == EVIL:
+            text = "\n\n".join(evaluation.item_part(0, row, images := {}))
+            page = evaluation.html_page(text, images)
+            assert "not a heading" in text and "<script" not in page
+            assert text.count("![") == len(images) == page.count("<img")
+            assert len({line.count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
+            return
+    raise AssertionError("the item is gone")
+
+
+def test_two_stages_of_a_recipe_are_compared(run):
+    rows = evaluation.compare(run / "rl", run / "rl")["rows"]
+    assert [r["name"] for r in rows][:2] == ["grounding", "grounding when"] and sum(r["n"] for r in rows) == 2 * 8
+
+
+def test_a_report_says_what_makes_the_missing_parts(run):
+    (run / "results.json").unlink()
+    (run / "rl" / "scores.json").unlink()
+    text = evaluation.write_report(run) and (run / "report.md").read_text()
+    for part in ("train.py --out", "--bench conversion --json", "--bench decode --contexts", "No predictions"):
+        assert part in text
+    (run / "decode.json").write_text('{"rows": []}')
+    with pytest.raises(UserError, match="decode.json: not written by"):
+        evaluation.write_report(run)
+    assert "decode.json" in evaluation.report_line(run) and "no report" in evaluation.report_line(run / "absent")
+    assert not (run / "absent").exists()
 
 
 # ---- the decode bench and the command -------------------------------------------------------------------------------
@@ -469,7 +676,9 @@ def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys
     ("--bench decode --contexts 16,none", "--contexts"), ("--bench decode --layers 0", "--layers"),
     ("--data x.jsonl --limit 0", "--limit"), ("--bench agent-cache --new 0", "--new"),
     ("--bench agent-cache --attention-only", "--attention-only"), ("--bench decode --json nowhere/x.json", "--json"),
-    ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere")])
+    ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere"),
+    ("--report nowhere", "--report nowhere"), ("--compare nowhere x", "nowhere/samples.jsonl"),
+    ("--data x.jsonl --resume", "--resume"), ("--bench decode --out x", "--out")])
 def test_a_mistake_is_one_line_and_exit_2(arguments, word, world, monkeypatch, capsys):
     write_rows(world.root / "mcq.jsonl", [mcq("A")])
     model = [] if "--model" in arguments or not arguments else ["--model", str(world.root / "model")]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import iv3
+import train
 from iv3 import Config, MediaError, Processor, Tokenizer, UserError, generate, load_rows, read_video, target_size
 
 PIECES = ["user\n", "assistant\n", "What colour", " is the", " shape", "?", "red", "red circle", " seconds", "answer"]
@@ -126,6 +127,70 @@ def test_estimate_of_a_converted_model(tmp_path):
     lines = list(iv3.estimate(str(tmp_path), 1e-6))
     assert lines[3].split()[0] == "m2la" and lines[3].split()[3:] == [str(2 * (24 + 16 + 20 + 3 * 16)), "0"]
     assert lines[2].split()[3] == str(2 * 3 * 2 * 2 * 16)
+
+
+def kept_by_autograd(model, batch, monkeypatch):
+    """Bytes of the tensors that the forward of a training step keeps for its backward, weights and batch left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *batch.values()) if torch.is_tensor(t)}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor                   # alive, or another would get its address
+        return tensor
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, /, **k: checkpoint(f, keep(x), **k))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, token, _ = train.answer_logits(model, batch)
+        torch.nn.functional.cross_entropy(logits, token)
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in known)
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": ("vision", "projector")},
+                                     {"freeze": ("vision", "projector"), "checkpointing": True}], ids=str)
+@pytest.mark.parametrize("attn", ["gqa", "m2la"])
+def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokenizer, folder, monkeypatch):
+    cfg = replace(LATENT if attn == "m2la" else UNTIED, layers=4, hidden=64, ranks=((24, 16), (16, 24)) * 2)
+    model, processor = random_model(cfg, tokenizer).train(), Processor(tokenizer, cfg)
+    if "freeze" in options:
+        model.visual.requires_grad_(False)
+    model.checkpointing = "checkpointing" in options
+    sample = processor.encode([user(video("wide.mp4"), video("ramp.mp4"), "What colour is the shape? " * 4),
+                               {"role": "assistant", "content": "red circle " * 30}], folder)
+    batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)
+    T, blocks = len(sample.ids), batch["mask"].blocks
+    saved, _ = iv3.activation_bytes(cfg, T, 2, sum(head + stop - low for _, stop, head, low in blocks) / T,
+                                    int(sample.answer.sum()), int(sample.grids.prod(1).sum()) / 4 / T, mixed=False,
+                                    **options)
+    assert saved == pytest.approx(kept_by_autograd(model, batch, monkeypatch), rel=0.05)
+
+
+def test_training_bytes_by_hand():
+    """2B: 2,127,532,032 weights; the tower has 305 M of them, four mergers 101 M, matrices outside embeddings and tower
+    28 · (2·2048² + 2·2048·1024 + 3·2048·6144)."""
+    with torch.device("meta"):
+        model = iv3.InternVideo3(Config.preset("qwen3-vl-2b"), (1, 2))
+    n, matrices = 2_127_532_032, 28 * (2 * 2048 ** 2 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
+    visual = sum(p.numel() for p in model.visual.parameters())
+    parts = iv3.training_bytes(model, 100)
+    assert [parts[k] for k in ("weights", "bf16 copies", "gradients", "optimizer")] == [4 * n, 2 * n, 4 * n, 8 * n]
+    parts = iv3.training_bytes(model, 100, muon=True, freeze=("vision", "projector"))
+    assert (parts["weights"], parts["gradients"]) == (4 * n, 4 * (n - visual))
+    assert parts["optimizer"] == 8 * (n - visual) - 4 * matrices
+    assert iv3.training_bytes(model, 100, freeze=("projector",))["gradients"] == 4 * (
+        n - sum(p.numel() for m in (model.visual.merger, model.visual.deepstack_merger_list) for p in m.parameters()))
+    for plain, again in ((iv3.training_bytes(model, 9000, checkpointing=c) for c in (False, True)),):
+        assert again["activations"] < plain["activations"] / 8 and again["working"] > plain["working"]
+
+
+def test_the_longest_sequence_is_the_last_that_fits():
+    how = dict(packs=2, checkpointing=True)
+    gqa, m2la = (line.replace(",", "").split() for line in list(iv3.estimate("small", 8, seq=64, **how))[2:])
+    with torch.device("meta"):
+        model = iv3.InternVideo3(Config.preset("small"), (1, 2))
+    below, above = (sum(iv3.training_bytes(model, int(gqa[-1]) + more, **how).values()) for more in (0, 1))
+    assert below <= 8e9 < above and int(m2la[-1]) < int(gqa[-1])
+    assert float(gqa[-2]) == round(sum(iv3.training_bytes(model, 64, **how).values()) / 1e9, 2)
+    assert list(iv3.estimate("small", 0.1, seq=64))[2].split()[-1] == "0"
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -407,6 +472,28 @@ def test_placeholders_in_a_text_are_refused(tokenizer):
         Processor(tokenizer, CONFIG).encode([user("What is <|video_pad|>?")])
 
 
+@pytest.mark.parametrize("name, limits, tokens", [
+    ("square.mp4", [1, 4], 4), ("square.mp4", [1, 3], 1), ("square.mp4", [5, 16], 9), ("wide.mp4", [1, 8], 8),
+    ("wide.mp4", [9, 99], 15)])
+def test_frame_tokens_limit_each_patch(tokenizer, folder, name, limits, tokens):
+    """64×64 pixels are 4 tokens, 64×128 are 8; sides are rounded down to fit and up to reach (so 9 become 15)."""
+    item = video(name, end=3, fps=2, frame_tokens=limits)
+    processor = Processor(tokenizer, CONFIG)
+    sample = processor.encode([user(item)], folder)
+    assert processor.encode([user({**item, "frame_tokens": [1, 1]})], folder).grids.max() == 2       # not cached
+    assert set((sample.grids.prod(1) // 4).tolist()) == {tokens}
+    small = Processor(tokenizer, Config(**{**CONFIG.__dict__, "max_volume": 2048})).encode([user(item)], folder)
+    assert torch.equal(small.grids, sample.grids)                              # whatever the limit of the whole video
+
+
+def test_a_setting_that_cannot_be_applied_is_named(tokenizer, folder):
+    for item, named in ((video("ramp.mp4", max_pixels=9), "ramp.mp4: cannot apply 'max_pixels' to the video"),
+                        (video("ramp.mp4", frame_tokens=[0, 4]), "ramp.mp4: 'frame_tokens' of the video is"),
+                        ({"type": "image", "image": "picture.png", "frame_tokens": [1, 4]}, "to the image")):
+        with pytest.raises(UserError, match=named):
+            Processor(tokenizer, CONFIG).encode([user(item)], folder)
+
+
 def test_the_pixel_cache_keeps_within_its_size(tokenizer, folder):
     processor = Processor(tokenizer, CONFIG, cache_bytes=3 * 4 * 1536)
     first = processor.encode([user(video("ramp.mp4", end=2))], folder)
@@ -425,7 +512,8 @@ LAST = GOOD["messages"][-1]
 
 
 def test_load_rows_reads_what_is_right(tmp_path):
-    rows = [GOOD, {**GOOD, "id": "line\u2028separator"}, {**GOOD, "task": "grounding", "answer": [0, 2.5]}]
+    rows = [GOOD, {**GOOD, "id": "line\u2028separator"}, {**GOOD, "task": "grounding", "answer": [0, 2.5]},
+            {**GOOD, "answer": ""}]                                            # no option is right
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8")
     assert load_rows(path) == rows
@@ -433,7 +521,7 @@ def test_load_rows_reads_what_is_right(tmp_path):
 
 @pytest.mark.parametrize("row, named", [
     ([1], "must be an object"), ({**GOOD, "id": 3}, "'id'"), ({**GOOD, "task": "quiz"}, "'task'"),
-    ({**GOOD, "messages": "hi"}, "'messages'"),
+    ({**GOOD, "messages": "hi"}, "'messages'"), ({**GOOD, "groups": ["a"]}, "'groups'"),
     ({**GOOD, "messages": []}, "'messages'"), ({**GOOD, "messages": GOOD["messages"][:1]}, "assistant's answer"),
     ({**GOOD, "messages": [{"role": "bot", "content": "x"}, LAST]}, r"messages\[0\].*role"),
     ({**GOOD, "messages": [{"role": "user"}, LAST]}, r"messages\[0\]"),
@@ -442,6 +530,10 @@ def test_load_rows_reads_what_is_right(tmp_path):
     ({**GOOD, "messages": [user(video("v.mp4", start="1")), LAST]}, r"messages\[0\].*'start'.*'1'"),
     ({**GOOD, "messages": [user(video("v.mp4", fps=0)), LAST]}, "'fps'"),
     ({**GOOD, "messages": [user(video("v.mp4", max_frames=2.5)), LAST]}, "'max_frames'"),
+    ({**GOOD, "messages": [user(video("v.mp4", frame_tokens=[9, 4])), LAST]}, "'frame_tokens'"),
+    ({**GOOD, "messages": [user(video("v.mp4", frame_tokens=256)), LAST]}, "'frame_tokens'"),
+    ({**GOOD, "messages": [user(video("v.mp4", total_pixels=9)), LAST]}, r"messages\[0\].*cannot apply 'total_pixels'"),
+    ({**GOOD, "messages": [user({"type": "image", "image": "a.png", "fps": 1}), LAST]}, "cannot apply 'fps'"),
     ({**GOOD, "messages": [GOOD["messages"][0], {"role": "assistant", "content": []}]}, r"messages\[1\].*string"),
     ({**GOOD, "options": ["red"]}, "'options'"), ({**GOOD, "options": [1, 2]}, "'options'"),
     ({**GOOD, "answer": "C"}, "'answer'.*'C'"),

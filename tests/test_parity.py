@@ -259,6 +259,17 @@ def test_sizes_are_theirs():
         assert iv3.target_size(n, h, w, 32, *limits) == smart_resize(n, h, w, 2, 32, *limits), (n, h, w)
 
 
+def test_sizes_with_frame_tokens_are_those_of_qwens_utilities():
+    """Theirs (qwen_vl_utils, which the authors' evaluation uses) is the rule for an image, for each frame alone."""
+    smart_resize, rng = source_of("smart_resize", IMAGE_SIZES, math=math), random.Random(0)
+    for _ in range(60):
+        n, h, w = rng.randint(1, 7), rng.randint(32, 400), rng.randint(32, 400)
+        least, most = rng.choice([(1, 16), (16, 64), (64, 64), (4, 128)])
+        frames = np.zeros((n, h, w, 3), np.uint8)
+        _, (rows, columns) = iv3.patchify(frames, Config(max_volume=2048), frame_tokens=(least, most))
+        assert (16 * rows, 16 * columns) == smart_resize(h, w, 32, 1024 * least, 1024 * most), (h, w, least, most)
+
+
 def pillow_resize(image, size, **_):
     """Bicubic with antialiasing on bytes (…,H,W), as Pillow documents it: first along the width, then along the height,
     and bytes again after each, which cuts what overshoots. Keys' kernel (a = -1/2), wider where the picture shrinks."""
