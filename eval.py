@@ -24,6 +24,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -1098,25 +1099,27 @@ def bench_agent_cache(args):
 # ------------------------------------------------------------------------------------------ conversion bench (§3.2)
 
 PUBLISHED = dict(qk_norm="const", rope_basis="real", slots="uniform", gain=False, metric="balance", modality="shared",
-                 budget="uniform")
+                 budget="uniform", heal=0)
 IDEAS = {"exact norms": dict(qk_norm="exact"), "unitary basis": dict(rope_basis="unitary"), "gains": dict(gain=True),
          "slots by harm": dict(slots="realloc"), "query-aware": dict(metric="qa"),
-         "a basis per modality": dict(modality="segments"), "greedy by energy": dict(budget="greedy")}
-DEFAULT = {name: getattr(ConvertSpec, name) for name in PUBLISHED} | {"probe": True}    # probe: measure a cut's damage
+         "a basis per modality": dict(modality="segments"), "greedy by energy": dict(budget="energy")}
+DEFAULT = {name: getattr(ConvertSpec, name) for name in PUBLISHED}
 WITHOUT = {"exact norms": dict(qk_norm="affine"), "unitary basis": dict(rope_basis="real"), "gains": dict(gain=False),
            "slots by harm": dict(slots="uniform"), "query-aware": dict(metric="balance"),
            "a basis per modality": dict(modality="shared"), "greedy ranks": dict(budget="uniform"),
-           "measured damage": dict(probe=False)}
+           "measured damage": dict(budget="energy"), "healing": dict(heal=0)}
+HEALED = "transmla + healing", "care + healing"
 CALIBRATION = {"cpt_text.jsonl": 80, "cpt_image.jsonl": 120, "cpt_video.jsonl": 600}        # rows of each file
 
 
 def conversion_rows():
     """{name: choices}: the neighbours, one idea more at a time, the default with one idea less, paper, default."""
     rows, choices = {"transmla": PUBLISHED}, dict(PUBLISHED)
-    rows["care"] = {**PUBLISHED, "qk_norm": "exact", "metric": "identity", "budget": "greedy"}
+    rows["care"] = {**PUBLISHED, "qk_norm": "exact", "metric": "identity", "budget": "energy"}
     for name, change in IDEAS.items():
         rows[f"+ {name}"] = choices = {**choices, **change}
-    rows |= {f"- {name}": {**DEFAULT, **change} for name, change in WITHOUT.items()}
+    rows |= {f"- {name}": {**DEFAULT, "heal": 0, **change} for name, change in WITHOUT.items()}
+    rows |= {name: {**rows[name.split()[0]], "heal": ConvertSpec.heal} for name in HEALED}
     return {**rows, "paper": {**PUBLISHED, "qk_norm": "affine", "modality": "adapters"}, "default": DEFAULT}
 
 
@@ -1128,7 +1131,6 @@ def spec_of(choices, gqa, share):
     if R < 1:
         raise UserError(f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
                         f"{P / row:.2f} there is")
-    choices = {k: v for k, v in choices.items() if k != "probe"}
     return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
 
 
@@ -1171,7 +1173,8 @@ class ConversionBench:
                 batch = iv3.collate(samples, 0, model.device)
                 calibration.valid = batch["valid"]
                 model(**batch)
-        self.moments, self.damage = calibration.moments, divergence(model, batches[::10])
+        self.moments, self.damage, self.batches = calibration.moments, divergence(model, batches[::10]), batches
+        self.predict = functools.partial(answer_logp, model)
         self.rows = iv3.load_rows(root / "val.jsonl")
         self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
         self.base = self.loss()
@@ -1193,7 +1196,9 @@ class ConversionBench:
     def run(self, choices, share):
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
-        spec = convert_layers(self.layers, self.moments, spec, self.damage if choices.get("probe") else None)
+        order = np.random.default_rng(0).permutation(len(self.batches))               # they are sorted by length
+        spec = convert_layers(self.layers, self.moments, spec, self.damage, self.predict,
+                              itertools.cycle(self.batches[i] for i in order))
         seconds = time.perf_counter() - start
         change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]
         mean = change.sum() / tokens.sum()
@@ -1259,10 +1264,10 @@ def bench_conversion(args):
     random = RandomLayer(iv3.Config.preset(args.preset), args.seed) if args.preset != "tiny" else None
     rows, total = [], bench.base.sum(0)
     header = ["loss_change", "loss_se", "out_err", "cache_ratio", "seconds", "loss_change_30", "loss_se_30",
-              "cache_ratio_30"] + ["random_out_err", "random_seconds"] * bool(random)
+              "cache_ratio_30", "seconds_30"] + ["random_out_err", "random_seconds"] * bool(random)
     for name, choices in tqdm(conversion_rows().items(), disable=None, leave=False):
         row = {"name": name, **bench.run(choices, 0.5)} | (random.run(choices, 0.5) if random else {})
-        if name in ("transmla", "care", "paper", "default"):
+        if name in ("transmla", "care", "- healing", *HEALED, "paper", "default"):
             row |= {f"{key}_30": value for key, value in bench.run(choices, 0.3).items()}
         rows.append(row)
     lines = [[row["name"], *(f"{row[key]:.4f}" if key in row else "" for key in header)] for row in rows]

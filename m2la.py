@@ -13,10 +13,13 @@ shared decoder gains nothing on an optimal latent.
     python eval.py --bench conversion     what each idea of the conversion saves, against published ones
 """
 import copy
+import itertools
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -499,7 +502,7 @@ class M2LA(Attention):
         one = torch.equal(self.decode[0].weight, self.decode[-1].weight) and not any(d.bias.any() for d in self.decode)
         if not (one and isinstance(self.k_norm, nn.Identity) and self.slots.tolist() == list(range(Dh // 2))):
             raise UserError(f"fold: this layer does not fit into the released layout; convert with rope_width={Dh}, "
-                            "slots='uniform', modality='shared' and qk_norm='affine' or 'const'")
+                            "slots='uniform', modality='shared', heal=0 and qk_norm='affine' or 'const'")
         new = Released(self.hidden, H, Dh, P, R).to(self.o_proj.weight)
         x = torch.eye(self.hidden + 1)[None, :, 1:].to(self.o_proj.weight).double()      # 0, e_1, …, e_D: every map is
         q_nope, q_rope, (c, _), k_rope = copy.deepcopy(self).double().maps(x)            # affine, f(x) = W x + b
@@ -547,25 +550,26 @@ class ConvertSpec:
     """What a GQA layer becomes. Defaults are the best measured choices; the others are there to compare."""
     rope_width: int                      # P, even; 2 values per complex slot
     ranks: tuple                         # (R_text, R_vision), or one such pair per layer
-    qk_norm: str = "exact"               # "exact" | "affine", "const": the paper's Global-Norm-Linear (§3.2.3)
-    rope_basis: str = "unitary"  # "unitary" | "real": matrices across heads at one frequency (TransMLA: real)
-    slots: str = "realloc"         # "realloc" | "uniform": as many for each frequency, the keys' energy decides
-    gain: bool = True                    # content channels get the mean turn that RoPE would have given them
-    metric: str = "qa"             # "qa" (queries and W_o) | "balance" (K against V) | "identity" (plain PCA)
-    modality: str = "segments"           # "segments" | "adapters", "shared": one basis, with or without adapters
-    budget: str = "greedy"               # how `convert_layers` deals out the ranks: "greedy" | "uniform"
+    qk_norm: Literal["exact", "affine", "const"] = "exact"       # not exact: Global-Norm-Linear (§3.2.3)
+    rope_basis: Literal["unitary", "real"] = "unitary"           # matrices across heads at one frequency
+    slots: Literal["realloc", "uniform"] = "realloc"             # uniform: as many for each frequency
+    gain: Literal[True, False] = True            # content channels get the mean turn that RoPE would have given them
+    metric: Literal["qa", "balance", "identity"] = "qa"          # queries and W_o | K against V | plain PCA
+    modality: Literal["segments", "adapters", "shared"] = "segments"     # the last two: one basis for both
+    budget: Literal["measured", "energy", "uniform"] = "measured"        # who gets the ranks: `greedy_ranks`
     step: int = 16                       # … in multiples of this
+    heal: int = 100                      # steps of `heal`, taken if the converted model is damaged by more than …
+    tolerance: float = 0.05              # … nats per answer token
     length: int = 0                      # tokens the model is meant for; 0: do not compare calibration with it
 
     def __post_init__(self):
-        choices = dict(qk_norm=("exact", "affine", "const"), rope_basis=("unitary", "real"),
-                       slots=("realloc", "uniform"), gain=(True, False), metric=("qa", "balance", "identity"),
-                       modality=("segments", "adapters", "shared"), budget=("greedy", "uniform"))
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+        for name, allowed in ((f.name, get_args(f.type)) for f in fields(self)):
+            if allowed and getattr(self, name) not in allowed:
                 raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
         if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
             raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
+        if not isinstance(self.heal, int) or self.heal < 0:
+            raise UserError(f"ConvertSpec heal={self.heal!r}: use a number of steps, 0 for none")
         try:
             ranks = torch.tensor(self.ranks)
             assert ranks.dtype == torch.long and ranks.dim() in (1, 2) and ranks.shape[-1] == 2 and ranks.min() > 0
@@ -877,11 +881,46 @@ def greedy_ranks(layers, moments, spec, damage=None):
     return tuple(map(tuple, ranks))
 
 
+def heal(layers, sources, predict, batches, steps, lr=2e-3):
+    """Distils the model that has `sources`, its GQA, into itself with the M²LA it has now. Only what conversion made is
+    trained, query, encode and decode, by Adam with a learning rate that falls to 0, on one batch a step:
+        KL = mean over answer tokens of Σ_v p(v) (log p(v) - log p'(v)),   p of the source, p' of the converted model
+    predict(batch) -> log-probabilities (n,V). Both are one model but for the attention: no second one is held."""
+    made = [layer.self_attn for layer in layers]
+    maps = [p for m in made for name, p in m.named_parameters() if name.startswith(("query", "encode", "decode"))]
+    adam = torch.optim.Adam(maps, lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1, (step + 1) / 5) * (1 - step / steps))
+
+    def install(modules):
+        for layer, module in zip(layers, modules):
+            layer.self_attn = module
+    for batch in itertools.islice(batches, steps):
+        install(sources)
+        with torch.no_grad():
+            target = predict(batch)
+        install(made)
+        with torch.enable_grad():
+            kl = (target.exp() * (target - predict(batch))).sum(-1).mean()
+            grads = torch.autograd.grad(kl, maps)                    # of these alone: the rest stays as it is
+        for p, p.grad in zip(maps, grads):
+            if dist.is_initialized():                                # every process has batches of its own
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        adam.step()
+        schedule.step()
+    adam.zero_grad()
+
+
 @torch.no_grad()
-def convert_layers(layers, moments, spec, damage=None):
-    """Puts M²LA in place of the GQA in each layer.self_attn -> spec with the ranks that each layer got."""
-    if spec.budget == "greedy":
-        spec = replace(spec, ranks=greedy_ranks(layers, moments, spec, damage))
+def convert_layers(layers, moments, spec, damage=None, predict=None, batches=()):
+    """Puts M²LA in place of the GQA in each layer.self_attn -> spec with the ranks that each layer got.
+    damage() -> nats by which the model, as it is when called, differs from its source; predict, batches: see `heal`."""
+    sources = [layer.self_attn for layer in layers]
+    if spec.budget != "uniform":
+        ranks = greedy_ranks(layers, moments, spec, damage if spec.budget == "measured" else None)
+        spec = replace(spec, ranks=ranks)
     for i, (layer, m) in enumerate(zip(layers, moments)):
         layer.self_attn = M2LA.from_gqa(layer.self_attn, m, spec, i)
+    if predict and spec.heal and damage() > spec.tolerance:
+        heal(layers, sources, predict, batches, spec.heal)
     return spec

@@ -23,6 +23,7 @@ Where this differs from the paper, and why:
  6. With several processes each step is shared by hand: gradients are summed after the backward pass. `--fsdp` shards.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -105,7 +106,7 @@ LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.
          "opd": dict(lr=1e-6, lr_min=0.0)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
-FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", probe=False)
+FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform")
 
 
 # ------------------------------------------------------------------------------------- data: rows → packs → batches
@@ -682,7 +683,8 @@ def train_supervised(trainer, data):
 @torch.no_grad()
 def convert(model, data, args, recipe, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
-    damage that cutting it does to some more samples, rebuild the attention. → cached values, relative to GQA's"""
+    damage that cutting it does to some more samples, rebuild the attention; heal it on others if that is not enough
+    (`ConvertSpec.tolerance`). → cached values, relative to GQA's"""
     layers, released = model.language_model.layers, args.attn == "released"
     choices = {**evaluation.DEFAULT, **(FOLDABLE if released else {})}
     spec = evaluation.spec_of(choices, layers[0].self_attn, args.cache_share)
@@ -699,7 +701,13 @@ def convert(model, data, args, recipe, steps=4):
     sizes = np.cumsum([sum(int(s.answer.sum()) for s in some) for some in samples]) * model.cfg.vocab
     samples = samples[:max(1, int((sizes <= 2 ** 27).sum()))]              # half a GB of log-probabilities is kept
     own_damage = evaluation.divergence(model, samples)
-    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))))
+
+    def batches():                                                       # drawn only if they are needed
+        for step in itertools.count(steps + 1):
+            if batch := sum((data.encode(*drawn) or [] for drawn in data.step(step, 2 * world(), 8)), []):
+                yield batch
+    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))),
+                          lambda batch: evaluation.answer_logp(model, batch), batches())
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
     model.cfg = replace(model.cfg, attn=args.attn, rope_width=spec.rope_width, ranks=ranks)
     for layer in layers if released else ():
@@ -858,7 +866,7 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
     teacher.requires_grad_(False)
 
     def rule():
-        """§4: rows that the teacher gets right, or clearly better, and the student does not; and half as many others.
+        """§4: rows that the teacher gets right, or clearly better, and the student does not; and as many others.
         Notes too in which kinds of question the teacher is ahead: that is where the test looks for the gap."""
         def judge(number, chunk):
             rewards = []
@@ -871,7 +879,7 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
         for _, kind, ahead in verdicts:
             kinds[kind].append(ahead)
         gap, rest = ([row for row, _, ahead in verdicts if (ahead > 0.1) == wanted] for wanted in (True, False))
-        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap) // 2].tolist()
+        others = np.random.default_rng(trainer.args.seed).permutation(rest)[:len(gap)].tolist()
         note = f"kept {len(gap)} of {len(verdicts)} prompts where the teacher is better, and {len(others)} others"
         return {"keep": gap + others, "looked_at": len(verdicts), "note": note,
                 "kinds": sorted(kind for kind, ahead in kinds.items() if np.mean(ahead) > 0.05)}
