@@ -9,11 +9,12 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
   3. Every score has n and a 95 % interval that resamples clips, not questions: questions on one clip fail together.
 
     python eval.py --data F.jsonl [--model DIR] [--train TRAIN.jsonl] [--blind]       # scores of one data file
-    python eval.py --data MCR.jsonl --agent [--facts DIR] [--jobs 2]                  # agent against a direct answer
+    python eval.py --data MCR.jsonl --agent [--ablate] [--jobs 2]                     # agent against a direct answer
     python eval.py --data F.jsonl --out DIR [--resume]                                # and a record of every sample
     python eval.py --compare A B                        # those of two runs, paired: two DIRs, or two stages of a recipe
     python eval.py --report runs/tiny                   # one page about a recipe: curves, tables, five answers
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
+    python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
 """
 import argparse
@@ -688,10 +689,11 @@ def open_model(directory):
     return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def agent_row(model, processor, row, root, facts, budget):
-    """One rollout → {text (None: missing), hit, forced, frames}. A hit: it cites a span with IoU >= 0.3; None if the
-    row names no evidence. A benchmark's row gives the agent its preset's number and size of frames, and the tokens
-    they take; prompts and frame rate are the agent's own."""
+def agent_row(model, processor, row, root, facts, budget, without=()):
+    """One rollout → {text (None: missing), first, hit, overlap, forced, frames, tokens}. first: the answer that
+    verification sent back, or the same. Of the cited spans one has an IoU >= 0.3 with the truth (hit), > 0 (overlap);
+    None if the row names no evidence. A benchmark's row gives the agent its preset's number and size of frames, and the
+    tokens they take; prompts and frame rate are the agent's own."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
     budget, item, more = budget or mcr_agent.Budget(), media_items(row)[0], {}
     frames = row.get("frames") or item["max_frames"]
@@ -704,12 +706,15 @@ def agent_row(model, processor, row, root, facts, budget):
     question = row.get("question") or text.rpartition("\n")[2]
     try:
         out = mcr_agent.run_agent(live, Path(root) / clip_of(row), question, row["options"], budget=budget,
-                                  facts=facts, **more)
+                                  facts=facts, without=without, **more)
     except iv3.MediaError:
-        return {"text": None, "hit": 0.0 if row.get("evidence") else None, "forced": 0, "frames": 0, "tokens": 0}
-    hit = float(any(iou(cited, true) >= 0.3 for cited in out.evidence for true in row.get("evidence", [])))
-    return {"text": out.answer, "hit": hit if row.get("evidence") else None, "forced": bool(out.budget_exhausted),
-            "frames": out.frames, "tokens": out.tokens}
+        hit = 0.0 if row.get("evidence") else None
+        return {"text": None, "first": None, "hit": hit, "overlap": hit, "forced": 0, "frames": 0, "tokens": 0}
+    best = max((iou(cited, true) for cited in out.evidence for true in row.get("evidence", [])), default=0.0)
+    answers = [r["arguments"]["text"] for r in out.trace if r["record"] == "step" and r["action"] == "answer"]
+    hit, overlap = (float(best >= 0.3), float(best > 0)) if row.get("evidence") else (None, None)
+    return {"text": out.answer, "first": (answers or [out.answer])[0], "hit": hit, "overlap": overlap,
+            "forced": bool(out.budget_exhausted), "frames": out.frames, "tokens": out.tokens}
 
 
 def user_turn(row):
@@ -725,11 +730,8 @@ def direct_row(row):
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0,
-                   log=None):
-    """{unseen, seen, official: {direct, agentic, evidence_hit (figures), kinds, groups, forced, frames, missing}}: the
-    MCR agent against the same model answering directly, on the same rows with the same number of frames. `official`:
-    a benchmark's rows; their evidence_hit is over those that name evidence."""
+def direct_answers(model, processor, rows, root, batch_size=32, max_new=48, log=None):
+    """The model's own texts for rows that an agent can be measured on."""
     for row in rows:
         official = row["task"] == "mcq" and "preset" in row
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
@@ -737,12 +739,20 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, ba
             wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
             raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence, "
                             "and a benchmark's rows")
-    direct = answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct",
-                         log=log)
+    return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct", log=log)
+
+
+def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0,
+                   log=None, without=(), direct=None):
+    """{unseen, seen, official: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, groups, mended,
+    broken, forced, frames, missing}}: the MCR agent, `without` some of its parts, against the same model answering
+    directly (with the texts `direct`), on the same rows with the same number of frames. mended, broken: what
+    verification made right, wrong. `official`: a benchmark's rows; evidence figures are over those that name some."""
+    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new, log)
     own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
     for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
         start = time.perf_counter()
-        own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, budget))
+        own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, budget, without))
         if log and row["id"] not in known:
             log.add("agent", [(row, {**own[-1], "ms": (time.perf_counter() - start) * 1e3})])
     for part, done in enumerate(gather(own)):
@@ -756,12 +766,15 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, ba
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
             values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
                       "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      "evidence_hit": [out["hit"] for out in ran if out["hit"] is not None]}
-            about = {name: mine for name in values}
-            about["evidence_hit"] = [row for row, out in zip(mine, ran) if out["hit"] is not None]
+                      **{f"evidence_{how}": [out[how] for out in ran if out[how] is not None]
+                         for how in ("hit", "overlap")}}
+            shown = [row for row, out in zip(mine, ran) if out["hit"] is not None]
+            about = {name: shown if name.startswith("evidence") else mine for name in values}
+            change = Counter(b - mcq_reward(out["first"], row)
+                             for out, row, b in zip(ran, mine, values["agentic"]))
             result[group] = {"kinds": {name: by_kind(v, about[name]) for name, v in values.items()},
                              "groups": {name: by_group(v, about[name]) for name, v in values.items()},
-                             "forced": sum(out["forced"] for out in ran),
+                             "forced": sum(out["forced"] for out in ran), "mended": change[1.0], "broken": change[-1.0],
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
@@ -798,14 +811,30 @@ def render(results):
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
     single = [(s, k) for s, k in (("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
                                   ("opd", "gap_closed")) if k in results.get(s, {})]
-    agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit")), block["forced"],
-              block["direct_n"]] for group, block in results.get("agent", {}).items()]
+    agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit", "evidence_overlap")),
+              *(block.get(k, "") for k in ("mended", "broken", "forced", "direct_n"))]
+             for group, block in results.get("agent", {}).items()]
     parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
              ("losses in nats per answer token", ["figure", "value"],
               [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
-             ("agent against a direct answer at the same number of frames; forced: the budget ran out",
-              ["evidence", "direct", "agentic", "cites it", "forced", "n"], agent)]
+             ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
+              "the evidence (IoU from .3 on) or just touches it; verification mended, broke so many answers",
+              ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
     return "\n\n".join(f"{title}\n\n{table(header, lines)}" for title, header, lines in parts if lines)
+
+
+def render_agents(agents):
+    """{"full", "no memory", …: evaluate_agent's result} as markdown: by kind, then one row per agent."""
+    kinds, names = agents["full"].values(), ("direct", "agentic", "evidence_hit", "evidence_overlap")
+    by = [[kind, *(number(k[kind]["value"]) if kind in k else "" for k in map(block["kinds"].get, names)), one["n"]]
+          for block in kinds for kind, one in block["kinds"]["direct"].items()]
+    parts = [[name, *(x for block in agent.values() for x in (cell(block, "agentic"), cell(block, "evidence_hit"),
+                                                            block["forced"], number(block["frames"])))]
+             for name, agent in agents.items()]
+    what = ("agentic", "cites it", "forced", "frames")
+    header = ["agent", *(f"{group} {x}" for group in agents["full"] for x in what)]
+    return table(["kind", "direct", "agentic", "cites it", "touches", "n"], by) + (
+        "\n\n" + table(header, parts) if len(agents) > 1 else "")
 
 
 def print_table(results):
@@ -902,7 +931,7 @@ def decode_step(model, context, eager):
     if eager:
         cache = GrownCache(torch.randn(2, 1, cfg.kv_heads, context, cfg.head_dim, **like) for _ in lm.layers)
     else:
-        vision = torch.arange(context, device=device)[None] % 16 != 0
+        vision = vision_of(0, context).to(device)
         n = int(vision.sum())
         cache = model.new_cache(1, context + 1 - n * (cfg.attn == "m2la"), n + 1)
         for rows in sum(cache.rows, []):
@@ -935,13 +964,13 @@ def free_memory(device):                                                        
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def timed(run, device):
+def timed(run, device, clock=time.perf_counter):
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
-    start = time.perf_counter()
+    start = clock()
     run()
     wait()
-    return (time.perf_counter() - start) * 1e3                                   # ms
+    return (clock() - start) * 1e3                                               # ms
 
 
 def decode_row(models, context, steps, device, copied):
@@ -1001,6 +1030,70 @@ def bench_decode(args):
                     "layers": layers, "attention_only": args.attention_only, "steps": args.steps, "seed": args.seed,
                     "copy_gb_s": copied, "memory_gb": memory,
                     "measures": "median of a new token, random weights and cache"}, "rows": rows}
+
+
+# --------------------------------------------------------------------------------------- the agent's live cache (§3.4)
+
+def vision_of(start, stop):
+    """Which of the bench's tokens are vision (1,T): 15 of 16, as in a long video."""
+    return torch.arange(start, stop)[None] % 16 != 0
+
+
+def prefilled(model, cache, start, stop):
+    """Tokens start … stop of a made-up rollout through the decoder → logits (V,) of the next one."""
+    cfg = model.cfg
+    ids = torch.arange(start, stop)[None] * 7919 % (cfg.vocab - 2) + 2                       # (1,T)
+    ids = torch.where(vision_of(start, stop), 1, ids).to(model.device)
+    positions = torch.arange(start, stop, device=model.device).expand(3, 1, -1)
+    return model.logits(model(ids, positions, cache=cache)[0, -1])
+
+
+def agent_cache_rows(models, first, new, steps, device):
+    """A row for each step of a rollout whose context starts with `first` tokens and grows by `new` a step. Summed over
+    steps: seconds and MB written of the live cache, which prefills what is new, and of a context rebuilt at each step.
+    `difference`: of the two caches' rows, at most. A time is the best of three; on a CPU it is the process's own, which
+    other work on the machine hardly changes."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    rows, live, sums, end = [], {}, Counter(), first + new * steps
+    seen = int(vision_of(0, end).sum())
+    for kind, model in models.items():
+        live[kind] = model.new_cache(1, end - seen if kind == "m2la" else end, seen)
+        prefilled(model, model.new_cache(1, 64), 0, 64)                                      # warms up
+    for step in range(steps + 1):
+        start, stop = (first + new * (step - 1) if step else 0), first + new * step
+        row = {"step": step, "context": stop}
+        for kind, model in models.items():
+            rebuilt = model.new_cache(1, stop)
+            for way, cache, begin in (("live", live[kind], start), ("rebuilt", rebuilt, 0)):
+                times, run = [], functools.partial(prefilled, model, cache, begin, stop)
+                for _ in range(3):
+                    cache.truncate(begin)
+                    times.append(timed(run, device, clock) / 1e3)
+                sums[kind, way, "s"] += min(times)
+                sums[kind, way, "written_mb"] += cache.nbytes() / stop * (stop - begin) / 1e6
+            pairs = [(a, b) for i in range(model.cfg.layers) for a, b in zip(live[kind].view(i), rebuilt.view(i))]
+            row |= {f"{kind}_mb": rebuilt.nbytes() / 1e6,
+                    f"{kind}_difference": max(float((a - b).abs().max()) for a, b in pairs)}
+        rows.append(row | {"_".join(key): value for key, value in sums.items()})
+    return rows
+
+
+@torch.no_grad()
+def bench_agent_cache(args):
+    iv3.need(not args.attention_only, "--attention-only belongs to --bench decode")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(args.seed)
+    cfg = iv3.Config.preset(args.preset)
+    cfg = replace(cfg, layers=args.layers or cfg.layers, deepstack=())
+    models = {kind: model for kind, model in decode_models(cfg, False, device, dtype).items() if kind != "gqa_eager"}
+    rows = agent_cache_rows(models, args.first, args.new, args.steps, device)
+    keys = ["step", "context", *(f"{kind}_{what}" for what in ("live_s", "rebuilt_s", "mb", "live_written_mb",
+                                                               "rebuilt_written_mb") for kind in models)]
+    print(table(keys, [[f"{row[key]:.4g}" for key in keys] for row in rows]))
+    return {"env": {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "seed": args.seed,
+                    "dtype": str(dtype), "preset": args.preset, "layers": cfg.layers, "first": args.first,
+                    "new": args.new, "measures": "prefill by the decoder, summed over steps; random weights"},
+            "rows": [{"name": f"step {row['step']}", **row} for row in rows]}
 
 
 # ------------------------------------------------------------------------------------------ conversion bench (§3.2)
@@ -1488,10 +1581,19 @@ def score_data(args, rows, model, processor, directory, log):
                           args.seed, directory, log)
         print(render_scores(scores))
         return scores
-    agent = evaluate_agent(model, processor, rows, Path(args.data).parent, args.facts, batch_size=args.batch,
-                           max_new=args.max_new, seed=args.seed, log=log)
-    print_table({"agent": agent})
-    return {"agent": agent, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
+    root, parts = Path(args.data).parent, mcr_agent.PARTS if args.ablate else ()
+    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new, log), {}
+    for name in (None, *parts):
+        agents[f"no {name}" if name else "full"] = evaluate_agent(
+            model, processor, rows, root, args.facts, seed=args.seed, log=None if name else log,
+            without=[name] if name else (), direct=direct)
+    print_table({"agent": agents["full"]})
+    print(f"\n{render_agents(agents)}")
+    result = {"agent": agents.pop("full"), "ablations": agents}
+    return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
+
+
+BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion}
 
 
 def main():
@@ -1502,6 +1604,7 @@ def main():
     add("--train", metavar="F.jsonl", help="where the prior and constant-span baselines are fitted")
     add("--blind", action="store_true", help="one more baseline: the model looks at another clip")
     add("--agent", action="store_true", help="run the MCR agent on mcr rows, beside direct answers")
+    add("--ablate", action="store_true", help="with --agent: also without each of its parts in turn")
     add("--facts", metavar="DIR", help="the agent's search corpus (default: the one each row names)")
     add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")
@@ -1514,24 +1617,28 @@ def main():
         "paired difference; FILE:direct is an agent run's direct answers")
     add("--report", metavar="RUN", help="write RUN/report.md and report.html about a recipe; needs no model")
     add = parser.add_argument_group("bench").add_argument
-    add("--bench", choices=["decode", "conversion"], help="decode: time per new token of M2LA, a good GQA and the "
-        "paper's eager GQA; conversion: the damage of each way to convert --model (default: the tiny base)")
+    add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "
+        "GQA; agent-cache: a rollout's live cache against rebuilding its context at each step; conversion: the damage "
+        "of each way to convert --model (default: the tiny base)")
     add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes (default tiny); "
         "conversion: also a random layer of these sizes (default: none)")
     add("--data-dir", metavar="DIR", default="runs/tiny/data", help="conversion: the toy data; written if it is absent")
     add("--contexts", default="1024,4096", help="cached tokens, comma-separated (default 1024,4096)")
-    add("--layers", type=int, help="decode: layers of the decoder (default: the preset's)")
+    add("--first", type=int, default=1024, help="agent-cache: tokens of the first look (default 1024)")
+    add("--new", type=int, default=256, help="agent-cache: tokens that a step adds (default 256)")
+    add("--layers", type=int, help="layers of the decoder (default: the preset's)")
     add("--attention-only", action="store_true", help="decode: time one attention layer, not the whole decoder")
-    add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
+    add("--steps", type=int, default=20, help="decode: timed tokens per kind; agent-cache: steps of the "
+        "rollout (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
     given = [name for name in ("data", "bench", "compare", "report") if getattr(args, name)]
     if len(given) != 1:
-        raise UserError("give either --data F.jsonl or --bench decode|conversion or --compare A B or --report RUN")
+        raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
     need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
     need(not (args.out and not args.data), "--out: goes with --data; a bench writes --json F")
-    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps"):
+    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -1545,7 +1652,7 @@ def main():
         print(render_compare(result))
     else:
         join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
-        result = {"decode": bench_decode, "conversion": bench_conversion, None: run_data}[args.bench](args)
+        result = BENCHES.get(args.bench, run_data)(args)
     if args.out and not args.json and Path(args.out).suffix != ".jsonl":
         args.json = Path(args.out) / "summary.json"
     if args.json and rank() == 0:

@@ -9,41 +9,54 @@ Question Q, observation V, action A, feedback F, context C, reasoning R. For i =
     C_{i+1}  = C_i ⊕ (R_i, A_{i+1}, F_{i+1})            (5) extend     appends to the live cache
 
     python mcr_agent.py clip.mp4 "Which word is said at 34 seconds?" --options oak maple river --trace t.jsonl
+    python mcr_agent.py clip.mp4 "What happens?" --url http://localhost:8000/v1 --api-model NAME    # any other model
     python mcr_agent.py --replay t.jsonl                # prints the same rollout again, without a model
 
 Differs from the paper, or fills what it leaves open:
   1. R_i and A_{i+1} are one assistant turn of one autoregressive rollout.
-  2. ⊕ never compresses: `summarize` adds a belief summary and drops nothing.
+  2. ⊕ compresses when `summarize` asks for it or the context passes a share of the budget: the cache is truncated to
+     its head, and a belief summary and the newest notes are appended. Memory keeps everything.
   3. Verification re-views only the cited spans, in a separate short context; an answer read from subtitles or documents
      is looked up in that text instead. A contradiction reopens the loop once.
-  4. `web_search` ranks a local folder of .txt files; `asr` reads the .srt or .vtt file beside the video.
+  4. `web_search` ranks a local folder of .txt files, `asr` reads the .srt or .vtt file beside the video or the
+     subtitles in it. To search online or to hear, give run_agent the functions `search` and `listen` (see Rollout).
   5. Budgets are hard. A frame counts once, however often it is shown; tokens count every time. Only the forced answer
      runs after a budget is spent, on tokens kept back for it (RESERVE).
 """
 import argparse
 import base64
 import functools
+import hashlib
 import html
+import http.client
 import json
 import math
+import os
 import re
+import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 
-from iv3 import SPECIALS, find_model, load_model, need, probe, read_video, run_cli, sample_times
+from iv3 import (SPECIALS, find_model, load_model, need, probe, read_json, read_video, run_cli, sample_times,
+                 write_atomic)
 from m2la import UserError
 
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
 ROUTES = ("global", "speech", "knowledge", "temporal", "fine-grained")          # question types (§3.4)
 VERDICTS = ("support", "contradict", "unclear")
+PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # to leave out, and
+                                                     # the kind of tools that go with it
 FORCED = '<tool_call>\n{"name": "answer", "arguments": {"text": "'                # how a forced answer begins
 RESERVE = 192                                        # tokens kept back for the forced answer and its prompt
 FPS = 2.0                                            # frames per second of a view that does not say
@@ -65,7 +78,7 @@ class LiveModel:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
-        self.own = self.side = 0                     # of them written by the model; spent outside: score, ask
+        self.own = self.side = self.dropped = 0      # written by the model; spent outside; forgotten by `rewind`
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -74,7 +87,17 @@ class LiveModel:
 
     @property
     def prefilled(self):
-        return self.tokens - self.own
+        return self.tokens + self.dropped - self.own
+
+    def mark(self):
+        """This place in the context, for `rewind`."""
+        return self.tokens, self.position
+
+    def rewind(self, mark):
+        """Forget what came after a mark that the model has read: the cache is truncated. Spent tokens stay spent."""
+        self.dropped, self.side = self.dropped + self.tokens - mark[0], self.side + self.tokens - mark[0]
+        (self.tokens, self.position), self.queue = mark, []
+        self.cache.truncate(self.tokens)
 
     def append(self, message, room=math.inf):
         """Queue a message; False, and nothing happens, if it takes more than `room` tokens."""
@@ -138,7 +161,7 @@ class LiveModel:
         return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
 
     def ask(self, messages, max_new, room=math.inf):
-        """The model's reply in a separate short context."""
+        """The model's reply in a separate short context; `likelihood` is about it from then on."""
         return self._beside(messages, max_new + 16, room, lambda side: side.generate(max_new, stop=()))
 
     def _beside(self, messages, extra, room, use):
@@ -148,7 +171,7 @@ class LiveModel:
         for message in messages:
             side.append(message)
         result = use(side)
-        self.side += side.tokens + side.side
+        self.side, self.turn = self.side + side.tokens + side.side, side.turn
         return result
 
     def likelihood(self, words):
@@ -157,6 +180,131 @@ class LiveModel:
         start, ends = decode(ids).rfind(words), [len(decode(ids[:k])) for k in range(len(ids) + 1)]
         inside = [p for a, b, p in zip(ends, ends[1:], logps) if b > start and a < start + len(words)]
         return math.exp(sum(inside)) if start >= 0 and words else 0.0
+
+
+# ------------------------------------------------------------------------------ the model, behind the user's URL
+class ModelFailed(UserError):
+    """The model gave no reply: the rollout ends and says so."""
+
+
+def within(deadline, function, *arguments, most=60.0):
+    """function(*arguments), given up at the deadline or after `most` seconds: a server that hangs, or a function of the
+    user, does not hang the rollout. The thread stays behind."""
+    box, seconds = [], max(0.0, min(most, deadline - time.monotonic()))
+
+    def work():
+        try:
+            box.append((function(*arguments), None))
+        except Exception as e:
+            box.append((None, e))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    need(box, f"no reply in {seconds:g} seconds", TimeoutError)
+    value, error = box[0]
+    if error:
+        raise error
+    return value
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The user named one host; frames and the key go nowhere else."""
+    redirect_request = lambda *_: None               # noqa: E731
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible URL, in LiveModel's place. Tool calls are text of our format; frames travel
+    as PNG data URLs behind their times. A request holds the whole context (only the server can keep a prefix), a turn
+    cannot be opened for the model, choices are asked for, not scored. Tokens are estimates: 4 letters, 256 an image."""
+
+    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0):
+        need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
+        self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
+        self.capacity, self.tokens, self.side, self.prefilled, self.messages = capacity, 0, 0, 0, []
+
+    def convert(self, message):
+        """→ a message of the API, its tokens. Tool text is quoted in a user turn, as Qwen's chat template does it."""
+        role, content, parts = message["role"], message["content"], []
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] == "text":
+                text = item["text"] if role != "tool" else f"<tool_response>\n{item['text']}\n</tool_response>"
+                parts.append({"type": "text", "text": text})
+                continue
+            window = {k: item[k] for k in ("start", "end", "fps", "max_frames", "pairs") if k in item}
+            video = read_video(item["video"], **window)
+            for t, frame in zip(video.times, video.frames):
+                data = base64.b64encode(png(frame, 1024)).decode()
+                parts += [{"type": "text", "text": f"<{t:.1f} seconds>"},
+                          {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
+        tokens = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else 256 for p in parts)
+        return {"role": "user" if role == "tool" else role, "content": parts}, tokens
+
+    def request(self, messages, max_new, deadline=math.inf):
+        turns = []
+        for m in messages:                           # user turns in a row become one: some servers want no two in a row
+            if turns and turns[-1]["role"] == m["role"]:
+                m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
+            turns.append(m)
+        turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
+        body = json.dumps({"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0}).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, body, headers)
+
+        def read():
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=self.timeout) as reply:
+                return reply.read(2 ** 22)
+        try:
+            text = json.loads(within(deadline, read, most=self.timeout))["choices"][0]["message"]["content"] or ""
+            return text[:16 * max_new].partition("</tool_call>")[0]      # a server may ignore max_tokens
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ModelFailed(f"{self.url}: {type(e).__name__}: {e}"[:300]) from e
+
+    def append(self, message, room=math.inf):
+        turn, tokens = self.convert(message)
+        if tokens > min(room, self.capacity - self.tokens):
+            return False
+        self.messages.append(turn)
+        self.tokens, self.prefilled = self.tokens + tokens, self.prefilled + tokens
+        return True
+
+    def generate(self, max_new, stop=(), opening="", first="", deadline=math.inf):
+        text = self.request(self.messages, max_new, deadline)
+        turn, tokens = self.convert({"role": "assistant", "content": text or "(nothing)"})
+        self.messages.append(turn)
+        self.tokens += tokens
+        return text
+
+    def ask(self, messages, max_new, room=math.inf):
+        turns, tokens = zip(*map(self.convert, messages))
+        need(sum(tokens) + max_new <= room, f"a separate look needs {sum(tokens) + max_new} tokens, {room} are left")
+        self.side += sum(tokens) + max_new
+        return self.request(turns, max_new)
+
+    def score(self, choices, opening="", messages=None, room=math.inf):
+        """0 for the choice that the model names, -9 for others. A route it does not name stays open."""
+        if messages is None and opening == FORCED:   # the forced turn itself names the option
+            return [0.0] * len(choices)
+        question, tokens = self.convert({"role": "user", "content": f"Name what fits, one word: {', '.join(choices)}."})
+        self.side += 0 if messages else tokens + 16  # `ask` counts its own
+        try:
+            reply = self.ask(messages, 16, room) if messages else self.request([*self.messages, question], 16)
+        except ModelFailed:
+            if messages:
+                raise
+            reply = ""
+        named = [c for c in choices if re.search(rf"\b{re.escape(c)}", reply.lower())]
+        need(named or not messages, f"the model named none of {', '.join(choices)}")
+        return [-9.0 * (len(named) == 1 and c != named[0]) for c in choices]
+
+    def likelihood(self, words):
+        return None                                  # the API tells no probabilities
+
+    def mark(self):
+        return self.tokens, len(self.messages)
+
+    def rewind(self, mark):
+        self.side, self.tokens = self.side + self.tokens - mark[0], mark[0]
+        del self.messages[mark[1]:]
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -178,15 +326,20 @@ def bm25(query, texts, k1=1.2, b=0.75):
 
 @dataclass
 class Entry:
-    level: str                                       # frame | scene | subtitle | note | belief
+    level: str                                       # frame | clip | scene | subtitle | narrative | note | belief
     content: str
     start: float
     end: float
-    source: str                                      # coarse, subtitles, or the tool that it came from
+    source: str                                      # coarse, captions, subtitles, or the tool that it came from
+
+    def __str__(self):
+        return f"{exact(self.start, self.end)} [{self.level}] {self.content}"
 
 
 class Memory(list):
-    """Hierarchical memory (§3.4): each Entry has content and time, so it is found by meaning or by time."""
+    """Hierarchical memory (§3.4): each Entry has content and time, so it is found by meaning or by time. By meaning is
+    BM25: questions share words with captions and subtitles, it needs no second model, and anyone can see why an entry
+    came first. A decoder's own hidden states are trained to predict the next token, not to be near what they mean."""
 
     def add(self, *fields):
         self.append(Entry(*fields))
@@ -211,6 +364,10 @@ def short(x):
     return f"{round(x, 2):g}"
 
 
+def chance(p):
+    return "unknown" if p is None else f"{p:.2f}"
+
+
 def exact(start, end):
     return f"{start:.1f} to {end:.1f}"
 
@@ -228,16 +385,33 @@ def sanitise(text, limit=2000):
 # ------------------------------------------------------------------------------ subtitles, documents, scenes
 @functools.lru_cache(maxsize=256)
 def read_subtitles(video):
-    """[(start, end, text)] of the .srt or .vtt file beside the video. A broken cue is left out."""
+    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its first subtitle stream. A broken cue
+    is left out."""
     path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
     text = path.read_text("utf-8-sig", errors="replace") + "\n" if path else ""
-    lines, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
+    cues, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
     for *times, said in re.findall(rf"^{stamp}-->{stamp}.*\n((?:[^\S\n]*\S.*\n)*)", text, re.M):
         h, m, s, h2, m2, s2 = (float((x or "0").replace(",", ".")) for x in times)
-        start, end = h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2
-        if start < end and said:                                                        # no <i>, <v Speaker>
-            lines.append((start, end, sanitise(" ".join(re.sub(r"<[^>]*>", "", said).split()), 300)))
-    return lines
+        cues.append((h * 3600 + m * 60 + s, h2 * 3600 + m2 * 60 + s2, said))
+    lines = [(a, b, sanitise(" ".join(re.sub(r"<[^>]*>|{\\[^}]*}", "", said).split()), 300))      # no <i>, {\i1}
+             for a, b, said in (cues if path else embedded_subtitles(video)) if a < b]
+    return [line for line in lines if line[2]]
+
+
+def embedded_subtitles(video):
+    """[(start, end, text)] of a file's first subtitle stream: mov_text, SubRip, ASS; pictures of text have no text."""
+    cues = []
+    try:
+        with av.open(str(video)) as container:
+            origin = (container.start_time or 0) / av.time_base
+            for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
+                if packet.size and packet.duration:
+                    start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
+                    said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
+                    cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
+    except av.FFmpegError:                           # a damaged file: what was read until then
+        pass
+    return cues
 
 
 @functools.lru_cache(maxsize=16)
@@ -275,6 +449,87 @@ def find_scenes(path, start, end, deadline=math.inf, fps=4.0, chunk=30.0):
     return list(zip(cuts, cuts[1:]))
 
 
+# --------------------------------------------------------- what a video shows: clips → scenes → narrative (§4.2.1)
+PROMPT = "Describe {t} seconds."                     # what toy models know best; for larger ones: "Describe the video."
+
+
+class Scene(NamedTuple):
+    start: float
+    end: float
+    text: str                                        # may be empty: the captioner had nothing to say
+
+
+def captioner(model, prompt=PROMPT):
+    """→ caption(video, start, end) → text, by a model's `ask`; {t} in the prompt: the middle of the clip."""
+    def caption(video, start, end):
+        if math.ceil(start) < math.floor(end):       # whole seconds: times as in training, and no frame across a cut
+            start, end = math.ceil(start), math.floor(end)
+        item = {"type": "video", "video": str(video), "start": start, "end": end, "max_frames": 64}
+        text = {"type": "text", "text": prompt.replace("{t}", str(int((start + end) / 2)))}
+        return model.ask([{"role": "user", "content": [item, text]}], 96)
+    return caption
+
+
+def caption_clips(path, caption, longest=10.0):
+    """→ duration, [(start, end, caption)]. A clip lies between two cuts, or is an equal part of what does, where that
+    is longer than `longest` seconds."""
+    duration, clips = probe(path)[0], []
+    for start, end in find_scenes(path, 0.0, duration):
+        parts = max(1, math.ceil((end - start) / longest - 1e-6))
+        for a, b in pairwise(np.linspace(start, end, parts + 1).tolist()):
+            clips.append((a, b, " ".join(sanitise(caption(path, a, b), 400).split()).rstrip(".")))
+    return duration, clips
+
+
+def alike(a, b, same):
+    """Do two captions show the same? Of the shorter one's words, a share of `same` is in the other."""
+    a, b = set(words(a)), set(words(b))
+    return len(a & b) >= same * max(1, min(len(a), len(b)))
+
+
+def merge(clips, same):
+    """Neighbouring clips that show the same → one Scene, with the caption that says most."""
+    scenes = []
+    for start, end, text in clips:
+        if scenes and alike(scenes[-1].text, text, same):
+            before = scenes.pop()
+            start, text = before.start, max(before.text, text, key=lambda t: len(words(t)))
+        scenes.append(Scene(start, end, text))
+    return scenes
+
+
+def narrative(scenes):
+    return " ".join(f"{exact(s.start, s.end)}: {s.text}." for s in scenes if s.text)
+
+
+def build_memory(video, folder, caption, model, same=0.85):
+    """Memory of a video before any question: clips, scenes, subtitles, narrative. Captions cost much: it is built once
+    and kept in `folder` as JSON, under a name made of the file's ends, its subtitles, and `model`, who captions."""
+    with open(video, "rb") as file:                  # ends: an hour of video is not read to know it again
+        ends = file.read(2 ** 20), file.seek(max(0, Path(video).stat().st_size - 2 ** 20)), file.read()
+    spoken = read_subtitles(str(video))
+    key = hashlib.sha256(repr((ends, spoken, model, same)).encode()).hexdigest()[:16]
+    kept = Path(folder) / f"{Path(video).stem}-{key}.json"
+    if not kept.is_file():
+        (duration, clips), memory = caption_clips(video, caption), Memory()
+        scenes = merge(clips, same)
+        for a, b, text in scenes:
+            memory.add("scene", text, a, b, "captions")
+            parts = [clip for clip in clips if a <= clip[0] < b]
+            for start, end, said in parts if len(parts) > 1 else ():
+                memory.add("clip", said, start, end, "captions")
+        for start, end, said in spoken:
+            memory.add("subtitle", said, start, end, "subtitles")
+        memory.add("narrative", narrative(scenes), 0.0, duration, "captions")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        record = {"video": str(video), "model": model, "entries": [asdict(e) for e in memory]}
+        write_atomic(kept, lambda p: p.write_text(json.dumps(record, indent=1, ensure_ascii=False)))
+    try:
+        return Memory(Entry(**entry) for entry in read_json(kept)["entries"])
+    except (TypeError, LookupError) as e:
+        raise UserError(f"{kept}: not a memory of this agent ({e}); delete it") from e
+
+
 # ------------------------------------------------------------------------------------------ actions and tools
 class BadCall(ValueError):
     """What is wrong with a tool call; the model reads it as "error: …"."""
@@ -300,6 +555,7 @@ class Feedback:
     media: list = field(default_factory=list)        # video items shown with the text
     window: tuple = ()                               # of a view: what V gains
     final: bool = False                              # the rollout ends here
+    compress: bool = False                           # the context shrinks to a summary instead of taking the text
 
 
 @dataclass
@@ -310,9 +566,10 @@ class Budget:
     seconds: float = 300.0
     coarse: int = 24                                 # frames of the first look at the whole video
     turn: int = 160                                  # tokens of the longest assistant turn
+    compress: float = 1.0                            # share of `tokens` that the live context may fill; 1: all
 
     def __post_init__(self):
-        for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1).items():
+        for name, least in dict(calls=0, frames=2, tokens=1, seconds=0, coarse=2, turn=1, compress=0).items():
             value = getattr(self, name)
             need(value >= least, f"budget --{name} {value}: must be at least {least}")
         need(self.coarse <= self.frames, f"budget --coarse {self.coarse}: more than --frames {self.frames}")
@@ -333,6 +590,11 @@ def video_segmentation(run, start=0.0, end=None):
 
 def asr(run, start, end):
     heard = run.memory.find(start=start, end=end, source="subtitles", most=40)
+    if not run.memory.find(source="subtitles"):
+        if not run.listen:
+            return Feedback("no speech available: the video has no subtitles")
+        heard = [Entry("subtitle", sanitise(said, 300), float(a), float(b), "listen")
+                 for a, b, said in within(run.deadline, run.listen, run.video, start, end)[:40]]
     for e in heard:
         run.memory.add("note", e.content, e.start, e.end, "asr")
     lines = "\n".join(f"{exact(e.start, e.end)}: {e.content}" for e in heard)
@@ -340,34 +602,41 @@ def asr(run, start, end):
 
 
 def web_search(run, query):
-    call_needs(run.facts is not None, "there are no documents to search")
-    sentences, best = read_documents(run.facts), {}  # the best sentence of each document, up to three of them
-    scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
-    for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
-        if score > 0.8 * max(scores) and len(best) < 3:
-            best.setdefault(name, f"[{name}] {text}")
+    best = {}                                        # the best text of each document, up to three of them
+    if run.search:
+        best = {name: f"[{sanitise(name, 200)}] {sanitise(text, 600)}"
+                for name, text in within(run.deadline, run.search, query)[:3]}
+    else:
+        call_needs(run.facts is not None, "there are no documents to search")
+        sentences = read_documents(run.facts)
+        scores = bm25(query, [f"{Path(name).stem} {text}" for name, text in sentences])
+        for score, (name, text) in sorted(zip(scores, sentences), key=lambda found: -found[0]):
+            if score > 0.8 * max(scores) and len(best) < 3:
+                best.setdefault(name, f"[{name}] {text}")
     for text in best.values():
         run.memory.add("note", text, 0.0, run.duration, "web_search")
     return Feedback("\n".join(best.values()) or f"nothing found for {query}")
 
 
-def temporal_grounding(run, query):
-    """The model itself on the coarse video, in a separate context: the same frames, so no new ones."""
+def temporal_grounding(run, query, start=None, end=None):
+    """The model itself, in a separate context: on the coarse video (the same frames, so no new ones) or on a window.
+    The score is the probability that it gave to the span's words."""
     question = query if query.endswith("?") else f"When is the {re.sub('^(the|an?) ', '', query)} shown?"
-    content = [run.coarse, {"type": "text", "text": sanitise(question)}]
+    item = run.coarse if start is None else run.window(start, end)
+    content = [item, {"type": "text", "text": sanitise(question)}]
     reply = run.model.ask([{"role": "user", "content": content}], 32, run.room())
     span = re.search(r"(\d+(?:\.\d+)?)\s*(?:to|and|-|–)\s*(\d+(?:\.\d+)?)", reply)
     start, end = (min(float(x), run.duration) for x in span.groups()) if span else (0, 0)
     if not start < end:
         return Feedback(f"not found: {query}")
     run.memory.add("note", query, start, end, "temporal_grounding")
-    return Feedback(f"{exact(start, end)} seconds")
+    return Feedback(f"{exact(start, end)} seconds (score {chance(run.model.likelihood(span[0]))})")
 
 
 def memory_read(run, query=None, start=None, end=None):
     call_needs(query is not None or start is not None, "memory_read needs a query, or start and end")
     found = run.memory.find(query, *(() if start is None else (start, end)))
-    return Feedback("\n".join(f"{exact(e.start, e.end)} [{e.level}] {e.content}" for e in found) or "nothing in memory")
+    return Feedback("\n".join(map(str, found)) or "nothing in memory")
 
 
 def memory_write(run, text, start, end):
@@ -375,13 +644,8 @@ def memory_write(run, text, start, end):
     return Feedback("noted")
 
 
-def summarize(run):
-    """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
-    candidates = listed((e.start, e.end) for e in run.memory if e.source == "temporal_grounding")
-    text = (f"hypothesis: {run.thought or 'none'}; seen: {listed(run.V[1:]) or 'only the coarse frames'}; "
-            f"candidates: {candidates or 'none'}; open: {run.verdict[1]}")
-    run.memory.add("belief", text, 0.0, run.duration, "summarize")
-    return Feedback(text)
+def summarize(run, compress=False):
+    return Feedback(run.belief(), compress=compress)
 
 
 def verify(run, claim, evidence):
@@ -391,7 +655,7 @@ def verify(run, claim, evidence):
 def answer(run, text, evidence):
     """Ends the rollout, unless its verification contradicts: that reopens it once, while a call is left."""
     run.conclude(text, evidence)
-    if run.verifying and evidence:
+    if "verification" not in run.without and evidence:
         run.verdict = run.check_answer(text, evidence)
     again = run.verdict[0] == "contradict" and not run.reopened and run.calls < run.budget.calls
     run.reopened |= again
@@ -402,7 +666,7 @@ def answer(run, text, evidence):
 class Tool:
     kind: str                                        # class of action (§3.1)
     run: Callable
-    fields: dict                                     # name → number | text | spans; "?": optional
+    fields: dict                                     # name → number | text | spans | flag; "?": optional
     about: str
 
 
@@ -413,10 +677,10 @@ TOOLS = {tool.run.__name__: tool for tool in (
     Tool("tool", video_segmentation, MAYBE, "find the scenes"),
     Tool("tool", asr, MOMENT, "what is said in a window"),
     Tool("tool", web_search, {"query": "text"}, "search the documents"),
-    Tool("tool", temporal_grounding, {"query": "text"}, "find when something is shown"),
+    Tool("tool", temporal_grounding, {"query": "text", **MAYBE}, "find when something is shown"),
     Tool("memory", memory_read, {"query": "text?", **MAYBE}, "recall by meaning or by time"),
     Tool("memory", memory_write, {"text": "text", **WINDOW}, "note something about a window"),
-    Tool("memory", summarize, {}, "hypothesis, evidence, and what is open"),
+    Tool("memory", summarize, {"compress": "flag?"}, "hypothesis, evidence, what is open; compress: forget the rest"),
     Tool("verification", verify, {"claim": "text", "evidence": "spans"}, "look again: is the claim true?"),
     Tool("termination", answer, {"text": "text", "evidence": "spans"}, "end; cite the windows that show it"))}
 
@@ -424,7 +688,7 @@ TOOLS = {tool.run.__name__: tool for tool in (
 def tools_prompt():
     """The tools in the model family's own format, for a model not trained on this agent's rollouts."""
     spans = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-    types = {"number": {"type": "number"}, "text": {"type": "string"}, "spans": spans}
+    types = {"number": {"type": "number"}, "text": {"type": "string"}, "spans": spans, "flag": {"type": "boolean"}}
     lines = [json.dumps({"type": "function", "function": {
         "name": name, "description": t.about, "parameters": {"type": "object",
         "properties": {f: types[kind.rstrip("?")] for f, kind in t.fields.items()},
@@ -444,13 +708,13 @@ def check_window(start, end, duration):
     return inside, "" if inside == (start, end) else f" (clipped: {limit})"
 
 
-def check_call(call, duration):
-    """A call, against the schema → Action; BadCall says what is wrong."""
+def check_call(call, duration, tools=TOOLS):
+    """A call, against the schema of the tools there are → Action; BadCall says what is wrong."""
     fits = type(call) is dict and set(call) == {"name", "arguments"} and type(call["arguments"]) is dict
     call_needs(fits, 'a call is {"name": …, "arguments": {…}}')
     name, arguments, note = call["name"], dict(call["arguments"]), ""
-    call_needs(isinstance(name, str) and name in TOOLS, f"no tool {str(name)[:40]!r}: use one of {', '.join(TOOLS)}")
-    fields = TOOLS[name].fields
+    call_needs(isinstance(name, str) and name in tools, f"no tool {str(name)[:40]!r}: use one of {', '.join(tools)}")
+    fields = tools[name].fields
     for f in arguments:
         call_needs(f in fields, f"{name} has no {f[:40]!r}")
     for f, kind in fields.items():
@@ -459,6 +723,7 @@ def check_call(call, duration):
         if fields[f].startswith("text"):
             fits = isinstance(value, str) and 0 < len(value.strip()) <= 300
             call_needs(fits, f"{f} must be a text of 1 to 300 characters")
+        call_needs(fields[f] != "flag?" or type(value) is bool, f"{f} must be true or false")
         if fields[f] == "spans":
             pairs = isinstance(value, list) and all(isinstance(s, list) and len(s) == 2 for s in value)
             call_needs(pairs and 0 < len(value) <= 8, f"{f} must be a list of 1 to 8 windows [start, end]")
@@ -502,13 +767,13 @@ def claim_of(question, answer, thought):
 class Result:
     answer: str
     evidence: list                                   # [(start, end)] seconds
-    confidence: float                                # probability that the model gave to the answer's text
+    confidence: float | None                         # probability that the model gave to the answer's text, if known
     verdict: str                                     # support | contradict | unclear
     steps: int                                       # assistant turns, the forced one not counted
     frames: int                                      # different frames shown
     tokens: int                                      # of the live context and of all separate contexts
     prefilled: int                                   # tokens prefilled into the live context, each once
-    budget_exhausted: str                            # "", or which of calls, frames, tokens, seconds ran out
+    budget_exhausted: str                            # "", what ran out (calls, frames, tokens, seconds), or "model"
     route: dict                                      # question type → probability
     trace: list                                      # the records that a trace file holds
 
@@ -516,8 +781,14 @@ class Result:
 class Rollout:
     """One rollout: its state (Q, V, C, memory, what is spent) and the five steps."""
 
-    def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, verify=True,
-                 system=SYSTEM, trace=lambda record: None, media=None):
+    def __init__(self, model, video, question, options=None, budget=None, facts=None, route=None, without=(),
+                 system=SYSTEM, memory=(), listen=None, search=None, trace=lambda record: None,
+                 media=None):
+        """listen(video, start, end) → [(start, end, text)]: a speech model, where there are no subtitles.
+        search(query) → [(source, text)], best first, instead of the folder `facts`. without: of PARTS, to see what each
+        is good for. media: settings of all that is looked at, such as frame_tokens."""
+        for name in without:
+            need(name in PARTS, f"part {name!r}: leave out one of {', '.join(PARTS)}")
         need(route in (None, *ROUTES), f"route {route!r}: use one of {', '.join(ROUTES)}")
         self.model = self.C = model                  # C_i (Eq. 5) is what the model's live cache holds
         self.video, self.facts = str(Path(video).resolve()), facts and str(facts)
@@ -526,29 +797,41 @@ class Rollout:
             read_documents(self.facts)               # a wrong folder is the user's mistake, not the model's
         self.options = [sanitise(option) for option in options or []]
         self.question = sanitise(question)
-        self.budget, self.given_route, self.verifying, self.trace = budget or Budget(), route, verify, trace
+        self.budget, self.given_route, self.without, self.trace = budget or Budget(), route, without, trace
+        self.tools = {k: tool for k, tool in TOOLS.items() if tool.kind not in [PARTS[name] for name in without]}
         self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
-        self.memory, self.V = Memory(), [(0.0, self.duration)]
+        self.listen, self.search = listen, search
+        self.memory, self.V = Memory(() if "memory" in without else memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0
         self.verdict, self.reopened = ("unclear", "not verified"), False
-        self.calls, self.records, self.thought = 0, [], ""
+        self.calls, self.records, self.thought, self.recalled, self.shrunk = 0, [], "", "", {}
         self.last = self.source = ""                 # last tool; last one that gave evidence
         self.begin(system)
 
     def begin(self, system):
-        """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts."""
-        frames = self.budget.coarse // 2 * 2
+        """C_1: the system prompt; then Q with V_1, the coarse look at the whole video. Memory starts; one that knows
+        the video already tells what it has for Q: the narrative, what is about the times in Q, what matches Q."""
+        known, frames = list(self.memory), self.budget.coarse // 2 * 2
         self.coarse = {**self.item, "max_frames": frames, "pairs": True}
         self.seen = frame_times(0.0, self.duration, FPS, frames, pairs=True)
         for t in sorted(self.seen):
             self.memory.add("frame", f"frame at {short(t)} seconds", t, t + 1 / FPS, "coarse")
-        for a, b, text in read_subtitles(self.video):
+        for a, b, text in () if known else read_subtitles(self.video):
             self.memory.add("subtitle", text, a, b, "subtitles")
         text = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(self.options))
         text = f"{text}\n{self.question}" if text else self.question
         for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
             fits = self.C.append({"role": role, "content": content}, self.room())
             need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+        if known:
+            times = [float(t) for t in re.findall(r"(\d+(?:\.\d+)?) seconds", self.question)]
+            found = [*(e for e in known if e.level == "narrative" or any(e.start <= t < e.end for t in times)),
+                     *Memory(known).find(" ".join([self.question, *self.options]))]
+            self.recalled = sanitise("\n".join(dict.fromkeys(sanitise(e, 800) for e in found[:12])))
+            self.tell(self.recalled)
+        self.head, share = self.C.mark(), self.budget.compress
+        need(self.C.tokens < share * self.budget.tokens,
+             f"--compress {share:g}: the first look alone takes {self.C.tokens} of {self.budget.tokens} tokens")
 
     def room(self):
         """Tokens that may still be used; those of the forced answer are kept back."""
@@ -575,6 +858,8 @@ class Rollout:
     def route(self):
         """Question routing (§3.4): how likely each question type is as the model's own first word. A soft prior: the
         likeliest, or the given one, opens the first thought and forbids nothing."""
+        if "routing" in self.without:
+            return {}
         if self.given_route:
             return {self.given_route: 1.0}
         scores = torch.tensor(self.model.score(ROUTES, opening="<think>"))
@@ -595,7 +880,7 @@ class Rollout:
         try:
             A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
             if call:
-                A = check_call(json.loads(call[1]), self.duration)
+                A = check_call(json.loads(call[1]), self.duration, self.tools)
             call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
             if A.name == "answer" and self.options:
                 named = option_of(A.arguments["text"], self.options)
@@ -621,13 +906,35 @@ class Rollout:
 
     def extend(self, F):
         """Eq. 5: C_{i+1} = C_i ⊕ (R_i, A_{i+1}, F_{i+1}). R and A are there: the model wrote them. → F."""
+        if F.compress or not F.final and self.C.tokens > self.budget.compress * self.budget.tokens:
+            self.compress(F.text if F.compress else self.belief())
         try:
             content = [*F.media, {"type": "text", "text": F.text}] if F.media else F.text
-            if not F.final and not self.C.append({"role": "tool", "content": content}, self.room()):
-                raise Spent("tokens")
+            if not (F.final or F.compress):
+                self.tell(content)
             return F
         except UserError as e:                       # the window cannot be decoded
             return self.extend(Feedback(f"error: {sanitise(e, 400)}"))
+
+    def tell(self, content):
+        if not self.C.append({"role": "tool", "content": content}, self.room()):
+            raise Spent("tokens")
+
+    def belief(self):
+        """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
+        candidates = listed((e.start, e.end) for e in self.memory if e.source == "temporal_grounding")
+        text = (f"hypothesis: {self.thought or 'none'}; seen: {listed(self.V[1:]) or 'only the coarse frames'}; "
+                f"candidates: {candidates or 'none'}; open: {self.verdict[1]}")
+        self.memory.add("belief", text, 0.0, self.duration, "summarize")
+        return text
+
+    def compress(self, belief):
+        """⊕ with summary: the live cache keeps its head (system, Q, V_1); the belief and the newest notes follow it."""
+        began, before, notes = time.monotonic(), self.C.tokens, [e for e in self.memory if e.level == "note"][-16:]
+        text = sanitise("\n".join([belief, *(f"{exact(e.start, e.end)}: {e.content}" for e in notes)]))
+        self.C.rewind(self.head)
+        self.tell(text)
+        self.shrunk = dict(began=began, step=self.calls, before=before, after=self.C.tokens, text=text)
 
     def look(self, F):
         """Eq. 4: V_{i+1} ~ δ(V_i | C_{i+1}): a perceptive action adds an evidence window, others keep V_i."""
@@ -637,12 +944,17 @@ class Rollout:
         began, exhausted, prior, F = time.monotonic(), self.spent(), {}, Feedback("")
         if not exhausted:
             prior = self.route()
-            how = {"opening": "<think>", "first": max(prior, key=prior.get)}
+            how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
-                    options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen))
+                    options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
+                    recalled=self.recalled)
         while not exhausted and not F.final:
             began, frames = time.monotonic(), len(self.seen)
-            R = self.reason(**how)                                                                   # Eq. 1
+            try:
+                R = self.reason(**how)                                                               # Eq. 1
+            except ModelFailed as e:
+                exhausted = self.failed(e, began)
+                break
             A = self.act(R)                                                                          # Eq. 2
             try:
                 F = self.feedback(A)                                                                 # Eq. 3
@@ -653,12 +965,20 @@ class Rollout:
                 F, exhausted = Feedback(f"error: no {e} left"), str(e)
             self.step(A, F, began, len(self.seen) - frames)
             how = {}
-        if exhausted:
-            self.force()
+        if exhausted not in ("", "model"):
+            try:
+                self.force()
+            except ModelFailed as e:
+                self.failed(e, began)
         result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls, len(self.seen),
                         self.model.tokens + self.model.side, self.model.prefilled, exhausted, prior, self.records)
         self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
         return result
+
+    def failed(self, error, began):
+        self.thought = ""
+        self.step(Action("", {}), Feedback(f"error: {sanitise(error, 400)}"), began, 0)
+        return "model"
 
     def conclude(self, text, evidence):
         self.answer, self.evidence, self.verdict = text, evidence, ("unclear", "not verified")
@@ -709,6 +1029,9 @@ class Rollout:
         self.record("step", began, step=self.calls, reason=self.thought, action=A.name or "malformed",
                     kind=TOOLS[A.name].kind if A.name else "malformed", arguments=A.arguments, frames=frames,
                     feedback=F.text, tokens=self.model.tokens + self.model.side)
+        if self.shrunk:                              # during this step; told after it
+            self.record("compress", **self.shrunk)
+            self.shrunk = {}
 
     def record(self, record, began=None, **values):
         ms = {} if began is None else {"ms": round(1000 * (time.monotonic() - began), 1)}
@@ -717,8 +1040,7 @@ class Rollout:
 
 
 def run_agent(model, video, question, options=None, **settings):
-    """One rollout → Result. settings: budget, facts, route, verify, system, trace (see Rollout),
-    media: settings of all that is looked at, such as frame_tokens."""
+    """One rollout → Result. settings: those of Rollout."""
     return Rollout(model, video, question, options, **settings).run()
 
 
@@ -729,20 +1051,25 @@ def describe(r):
         options = "".join(f"\n  {chr(65 + i)}. {option}" for i, option in enumerate(r["options"]))
         route = ", ".join(f"{k} {p:.2f}" for k, p in sorted(r["route"].items(), key=lambda item: -item[1]))
         video = f"video {r['duration']:.1f} s, {r['frames']} coarse frames"
-        return f"{r['question']}{options}\n{video}\nroute: {route}"
+        recalled = f"\nfrom memory: {r['recalled']}" if r.get("recalled") else ""
+        return f"{r['question']}{options}\n{video}{recalled}\nroute: {route}"
     if r["record"] == "step":
         call = " ".join([r["action"], *(f"{k}={json.dumps(v)}" for k, v in r["arguments"].items())])
         cost = f"{r['frames']} frames, {r['tokens']} tokens so far, {r['ms']:.0f} ms"
         return f"[{r['step']}] {r['reason']}\n{call}\n→ {r['feedback']}\n{cost}".replace("\n", "\n    ")
-    lost = f" (budget exhausted: {r['budget_exhausted']})" if r["budget_exhausted"] else ""
+    if r["record"] == "compress":
+        return f"    context: {r['before']} → {r['after']} tokens, in its place: {r['text']}".replace("\n", "\n    ")
+    lost = r["budget_exhausted"] and f" (budget exhausted: {r['budget_exhausted']})"
+    lost = " (the model failed)" if r["budget_exhausted"] == "model" else lost
     return (f"answer: {r['answer']}{lost}\nevidence: {listed(r['evidence']) or 'none'} seconds\n"
-            f"verdict: {r['verdict']}, confidence {r['confidence']:.2f}\ncost: {r['steps']} calls, "
+            f"verdict: {r['verdict']}, confidence {chance(r['confidence'])}\ncost: {r['steps']} calls, "
             f"{r['frames']} frames, {r['tokens']} tokens, {r['prefilled']} of them prefilled")
 
 
 def read_trace(path):
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+        timeline(records)                            # what the page needs is there too
         return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a trace of this agent ({e})") from e
@@ -756,19 +1083,58 @@ def png(frame, side=256):
     return b"".join(map(bytes, encoder.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))))
 
 
-def page(records):
-    """One self-contained HTML page: the rollout and, at its end, up to eight frames of each evidence span."""
-    style = ("body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;border-left:"
-             "4px solid #bbb;padding:.3em 1em}.perceptive{border-color:#27c}.malformed{border-color:#c33}"
-             ".termination{border-color:#292}img{height:128px;image-rendering:pixelated;margin:2px}")
-    parts = [f"<pre class={r.get('kind', r['record'])}>{html.escape(describe(r))}</pre>" for r in records]
+COLOURS = {"view": "#27c", "asr": "#d80", "verify": "#939", "answer": "#292"}        # others: grey
+
+
+def timeline(records):
+    """Inline SVG: the spans that each kind of action was about, numbered by step; the final evidence behind them."""
+    duration, lanes = float(records[0]["duration"]), {}
+    for r in (r for r in records if r["record"] == "step"):
+        given, found = r["arguments"], re.match(r"([\d.]+) to ([\d.]+) seconds \(score", r["feedback"])
+        spans = [found.groups()] if found else [(given["start"], given["end"])] if "end" in given else []
+        for a, b in given.get("evidence") or spans:
+            lanes.setdefault(r["action"], []).append((float(a), float(b), r["step"]))
+    bottom, px, parts = 24 * len(lanes) + 6, lambda t: 130 + 780 * t / duration, []
     for a, b in records[-1].get("evidence", []):
-        video = read_video(records[0]["video"], a, b, FPS, 8)
+        parts.append(f'<rect x="{px(a):.1f}" width="{max(3, px(b) - px(a)):.1f}" height="{bottom}" fill="#cec"/>')
+    for row, (action, spans) in enumerate(lanes.items()):
+        parts.append(f'<text x="120" y="{24 * row + 19}" text-anchor="end">{html.escape(action)}</text>')
+        for a, b, step in spans:                     # an hour on 780 pixels: what is too narrow is shown 3 wide
+            parts.append(f'<a href="#step{int(step)}"><title>[{int(step)}] {exact(a, b)} seconds</title>'
+                         f'<rect x="{px(a):.1f}" y="{24 * row + 8}" width="{max(3, px(b) - px(a)):.1f}" height="14" '
+                         f'fill="{COLOURS.get(action, "#888")}" fill-opacity=".7"/></a>')
+    step = next(s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 1e9) if duration / s <= 12)
+    for t in np.arange(0, duration + 1e-6, step).tolist():
+        at = f"{int(t) // 3600}:{int(t) // 60 % 60:02d}:{int(t) % 60:02d}" if duration >= 3600 else (
+            f"{int(t) // 60}:{int(t) % 60:02d}")
+        parts.append(f'<path d="M{px(t):.1f} {bottom}v5" stroke="#333"/><text x="{px(t):.1f}" y="{bottom + 18}" '
+                     f'text-anchor="middle">{at}</text>')
+    return (f'<svg viewBox="0 0 940 {bottom + 24}" font-size="12" font-family="sans-serif">{"".join(parts)}'
+            f'<path d="M130 {bottom}h780" stroke="#333"/></svg>')
+
+
+def page(records):
+    """One self-contained HTML page: question, answer, timeline, up to eight frames of each evidence span, the steps."""
+    style = ("body{font:15px sans-serif;max-width:64em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap;"
+             "overflow-wrap:anywhere;border-left:4px solid #bbb;padding:.3em 1em}.perceptive{border-color:#27c}"
+             ".malformed{border-color:#c33}.termination,.end{border-color:#292}"
+             "img{height:128px;image-rendering:pixelated;margin:2px}"
+             "figure{display:inline-block;margin:0;font-size:12px;text-align:center}")
+    steps = [f"<pre id=step{r.get('step', 0)} class={html.escape(str(r.get('kind', r['record'])))}>"
+             f"{html.escape(describe(r))}</pre>" for r in records]
+    parts = [steps[0], steps[-1], timeline(records)]
+    for a, b in records[-1].get("evidence", []):
         parts.append(f"<h3>{listed([(a, b)])} seconds</h3>")
+        try:
+            video = read_video(records[0]["video"], a, b, FPS, 8)
+        except UserError as e:                       # a replay, and the video is elsewhere
+            parts.append(f"<p>no frames: {html.escape(str(e))}</p>")
+            continue
         for frame, t in zip(video.frames, video.times):
             data = base64.b64encode(png(frame)).decode()
-            parts.append(f'<img title="{t:.1f} s" src="data:image/png;base64,{data}">')
-    return f"<!doctype html><meta charset=utf-8><title>MCR</title><style>{style}</style>" + "\n".join(parts)
+            parts.append(f'<figure><img src="data:image/png;base64,{data}"><br>{t:.1f} s</figure>')
+    return (f"<!doctype html><meta charset=utf-8><title>MCR</title><style>{style}</style>"
+            + "\n".join([*parts, "<h3>steps</h3>", *steps[1:-1]]))
 
 
 def main():
@@ -777,13 +1143,19 @@ def main():
     parser.add_argument("question", nargs="?")
     parser.add_argument("--options", nargs="+", metavar="TEXT", help="options of a multiple-choice question")
     parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
+    parser.add_argument("--url", help="an OpenAI-compatible server (http://host/v1) in place of --model: frames and "
+                        "questions are sent there, with the key in the variable MCR_API_KEY if it is set")
+    parser.add_argument("--api-model", metavar="NAME", default="default", help="model's name at --url")
     parser.add_argument("--facts", metavar="DIR", help="folder of .txt documents for web_search")
+    parser.add_argument("--memory", metavar="DIR", help="caption the video first, once: its memory is kept in DIR")
+    parser.add_argument("--prompt", default=PROMPT, help="asked of each clip for --memory (default: %(default)s)")
     parser.add_argument("--route", choices=ROUTES, help="question type, instead of the model's choice")
-    parser.add_argument("--no-verify", action="store_true", help="answer without a second look")
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=(), help="parts of the agent to leave out")
     parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
     group = parser.add_argument_group("budget, all hard")
     abouts = ("assistant turns", "different frames shown", "tokens of all contexts", "wall clock",
-              "frames of the first look", "tokens of the longest turn")
+              "frames of the first look", "tokens of the longest turn", "share of --tokens that the live context may "
+              "fill before it shrinks to a summary; 1: never")
     for (name, value), about in zip(asdict(Budget()).items(), abouts, strict=True):
         group.add_argument(f"--{name}", type=type(value), default=value, help=f"{about} (default {value:g})")
     group = parser.add_argument_group("output")
@@ -799,8 +1171,14 @@ def main():
         print(text)
     else:
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        model, processor = load_model(find_model(args.model), device, dtype)
+        if args.url:
+            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""))
+            asked = live
+        else:
+            device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+            directory = find_model(args.model)
+            loaded = load_model(directory, device, dtype)
+            live, asked = (LiveModel(*loaded, tokens) for tokens in (budget.tokens, 1))
         if args.trace:
             Path(args.trace).write_text("")
 
@@ -810,9 +1188,15 @@ def main():
                 with open(args.trace, "a") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-        live, system = LiveModel(model, processor, budget.tokens), SYSTEM + tools_prompt() * args.tools_prompt
+        system, memory = SYSTEM + tools_prompt() * (args.tools_prompt or bool(args.url)), ()
+        if args.memory:
+            probe(args.video)                        # what is wrong with the file is said before it is captioned
+            by = [args.url, args.api_model] if args.url else [str(directory.resolve()), max(
+                f.stat().st_mtime_ns for f in directory.iterdir())]
+            memory = build_memory(args.video, args.memory, captioner(asked, args.prompt), [*by, args.prompt])
         records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
-                            route=args.route, verify=not args.no_verify, system=system, trace=trace).trace
+                            route=args.route, without=args.without, system=system, memory=memory,
+                            trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))
 

@@ -285,9 +285,10 @@ def test_lvbench_evidence_of_an_agent_run(tmp_path, monkeypatch):
     path = write(tmp_path / "a.meta.jsonl", [lvbench(QA, {**QA, "uid": "1", "time_reference": "00:30-00:40"}, none)])
     rows, seen = prepared("lvbench", path, tmp_path, "quick")[0], []
 
-    def run_agent(live, video, question, options, budget, facts, media):
+    def run_agent(live, video, question, options, budget, facts, media, without):
         seen.append((question, options, budget, media))
-        return SimpleNamespace(answer="(D) 4", evidence=[(14.0, 19.0)], budget_exhausted="", frames=8, tokens=9)
+        return SimpleNamespace(answer="(D) 4", evidence=[(14.0, 19.0)], budget_exhausted="", frames=8, tokens=9,
+                               trace=[])
 
     monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_: None)
     monkeypatch.setattr(mcr_agent, "run_agent", run_agent)

@@ -395,12 +395,16 @@ def test_a_limit_is_a_seeded_sample_in_file_order():
 def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch):
     asked, prompts = [], []
 
-    def run_agent(live, video, question, options, budget, facts):
+    def run_agent(live, video, question, options, budget, facts, without):
         if Path(video).name == "gone.mp4":
             raise iv3.MediaError(f"{video}: no such file")
         asked.append((Path(video).name, question, options, budget.frames, facts))
         answer, evidence = ("blue (B)", [(1.0, 2.5)]) if Path(video).name == "a.mp4" else ("red (A)", [(0.0, 6.0)])
-        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8, tokens=9)
+        first = {"text": "red (A)" if answer == "blue (B)" else "blue (B)"}
+        first = {"record": "step", "action": "answer", "arguments": first}
+        trace = [{"record": "start"}, {**first, "action": "view"}, first]
+        return SimpleNamespace(answer=answer, evidence=evidence, budget_exhausted="calls", frames=8, tokens=9,
+                               trace=trace)
 
     def answer_rows(model, processor, rows, *args, **kwargs):
         prompts.extend(rows)
@@ -419,6 +423,26 @@ def test_the_agent_and_the_direct_answer_get_the_same_frames(world, monkeypatch)
     assert (unseen["direct"], unseen["agentic"], unseen["agentic_n"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 3)
     assert unseen["evidence_hit"] == pytest.approx(1 / 3) and (unseen["forced"], unseen["missing"]) == (2, 1)
     assert unseen["kinds"]["agentic"]["brief"] == {"value": 1.0, "n": 1} and seen["agentic"] == 1
+    assert unseen["evidence_overlap"] == pytest.approx(2 / 3) and seen["evidence_overlap"] == 1     # IoU 1/1.5, 1/6
+    assert [(g["mended"], g["broken"]) for g in (unseen, seen)] == [(1, 1), (1, 0)]
+
+
+def test_the_command_ablates_the_agent(world, monkeypatch, capsys):
+    data = write_rows(world.root / "agent.jsonl", [agent_test("a.mp4", "brief")])
+    left_out = []
+
+    def run_agent(*args, **how):
+        left_out.append(list(how["without"]))
+        return SimpleNamespace(answer="blue (B)", evidence=[], budget_exhausted="", frames=8, tokens=9, trace=[])
+    monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
+    monkeypatch.setattr(evaluation, "answer_rows", lambda *_, **__: ["red (A)"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--data", data, "--model", str(world.root / "model"), "--agent",
+                                      "--ablate", "--json", str(world.root / "ablate.json")])
+    evaluation.main()
+    assert left_out == [[], ["memory"], ["routing"], ["verification"], ["zoom"]]
+    result, out = json.loads((world.root / "ablate.json").read_text()), capsys.readouterr().out
+    assert list(result["ablations"]) == ["no memory", "no routing", "no verification", "no zoom"]
+    assert out.count("\n| no ") == 4 and "\n| brief" in out and result["agent"]["unseen"]["agentic_n"] == 1
 
 
 def test_agent_takes_agent_rows(world):
@@ -609,6 +633,28 @@ def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, 
     assert "gqa_eager_ms" in capsys.readouterr().out
 
 
+def test_bench_agent_cache_runs_only_what_is_new(tmp_path, monkeypatch, capsys):
+    file, lengths, forward = tmp_path / "cache.json", [], iv3.InternVideo3.forward
+
+    def counted(self, ids, *args, **kwargs):
+        lengths.append((self.cfg.attn, ids.shape[1]))
+        return forward(self, ids, *args, **kwargs)
+    monkeypatch.setattr(iv3.InternVideo3, "forward", counted)
+    monkeypatch.setattr(sys, "argv", f"eval.py --bench agent-cache --first 48 --new 32 --steps 2 --json {file}".split())
+    evaluation.main()
+    rows = json.loads(file.read_text())["rows"]
+    for kind in ("m2la", "gqa"):
+        assert [n for attn, n in lengths if attn == kind][1::3] == [48, 48, 32, 80, 32, 112]    # live, rebuilt, …
+        assert max(row[f"{kind}_difference"] for row in rows) < 1e-3
+        last = rows[-1]
+        assert last[f"{kind}_live_written_mb"] == pytest.approx(last[f"{kind}_mb"])
+        assert last[f"{kind}_rebuilt_written_mb"] == pytest.approx(last[f"{kind}_mb"] * (48 + 80 + 112) / 112)
+        assert last[f"{kind}_rebuilt_s"] > rows[0][f"{kind}_rebuilt_s"] > 0
+    assert [row["context"] for row in rows] == [48, 80, 112]
+    assert rows[-1]["gqa_mb"] == pytest.approx(112 * 4 * 2 * 64 * 4 / 1e6) == pytest.approx(2 * rows[-1]["m2la_mb"])
+    assert "m2la_rebuilt_s" in capsys.readouterr().out
+
+
 def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys):
     """64 tokens of a tiny layer take 16 kB in M²LA's cache, 33 in GQA's, 131 in the eager one with its copies."""
     free = iter([1.0, 1.0, 40e-6, 20e-6, 7e-6])                  # GB: for the weights, then for each context
@@ -628,7 +674,8 @@ def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("arguments, word", [
     ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --bench decode", "either"),
     ("--bench decode --contexts 16,none", "--contexts"), ("--bench decode --layers 0", "--layers"),
-    ("--data x.jsonl --limit 0", "--limit"), ("--bench decode --json nowhere/x.json", "--json"),
+    ("--data x.jsonl --limit 0", "--limit"), ("--bench agent-cache --new 0", "--new"),
+    ("--bench agent-cache --attention-only", "--attention-only"), ("--bench decode --json nowhere/x.json", "--json"),
     ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere"),
     ("--report nowhere", "--report nowhere"), ("--compare nowhere x", "nowhere/samples.jsonl"),
     ("--data x.jsonl --resume", "--resume"), ("--bench decode --out x", "--out")])

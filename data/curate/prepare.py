@@ -19,15 +19,14 @@ import sys
 from collections import Counter, defaultdict
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
 
-from iv3 import MediaError, find_model, generate, load_model, need, probe, read_json, run_cli, write_atomic
-from mcr_agent import find_scenes, sanitise, words
+from iv3 import MediaError, find_model, load_model, need, read_json, run_cli, write_atomic
+from mcr_agent import PROMPT, LiveModel, alike, caption_clips, captioner, merge, narrative, words
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".ts"}
 FAMILIES = {  # share of the rows (§4.2.1), kinds
@@ -37,70 +36,31 @@ ASK = dict(
     what="What is shown at {t} seconds?", when="When is this shown: {text}?", first="Which of these is shown first?",
     after="What is shown right after this: {text}?", before="What is shown right before this: {text}?",
     count='How many scenes can be described with "{word}"?', longest="Which of these is shown for the longest time?",
-    story="Describe the video.", span="From {a:.1f} to {b:.1f} seconds.", scene="{a:.1f} to {b:.1f}: {text}.")
-PROMPT = "Describe {t} seconds."  # what the toy models know best; a larger one is better asked: "Describe the video."
+    story="Describe the video.", span="From {a:.1f} to {b:.1f} seconds.")
 EDGE = 0.5  # seconds that a cut may be off: no question asks about a moment that is closer to one
 EMPTY = set("and are for from has his her its not one that the their them then there they this was with".split())
 
 
-class Scene(NamedTuple):
-    start: float
-    end: float
-    text: str  # may be empty: the captioner had nothing to say
-
-
-# ---- captions, scenes, narrative -----------------------------------------------------------------------------------
+# ---- captions (clips, scenes and the narrative: as the agent's memory has them) ------------------------------------
 class ModelCaptioner:
     """caption(video, start, end) → text, by our model. The weights are loaded for the first caption that is needed."""
 
     def __init__(self, directory, prompt):
-        self.directory, self.prompt, self.model = directory, prompt, None
+        self.directory, self.prompt, self.caption = directory, prompt, None
 
     def __call__(self, video, start, end):
-        if self.model is None:
+        if self.caption is None:
             device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-            self.model, self.processor = load_model(self.directory, device, dtype)
-        if math.ceil(start) < math.floor(end):  # whole seconds: times as in training, and no frame from across a cut
-            start, end = math.ceil(start), math.floor(end)
-        item = {"type": "video", "video": str(video), "start": start, "end": end, "max_frames": 64}
-        text = {"type": "text", "text": self.prompt.replace("{t}", str(int((start + end) / 2)))}
-        sample = self.processor.encode([{"role": "user", "content": [item, text]}], generation=True)
-        tokenizer = self.processor.tokenizer
-        return generate(self.model, [sample], tokenizer.token_id("<|im_end|>"), 96)[0].text(tokenizer)
+            self.caption = captioner(LiveModel(*load_model(self.directory, device, dtype), capacity=1), self.prompt)
+        return self.caption(video, start, end)
 
 
 def caption_video(path, kept, caption, longest, made_of):
-    """Writes `kept`: duration and clips [start, end, caption]. A clip lies between two cuts, or is an equal part of
-    what does, where that is longer than `longest` seconds."""
-    duration, clips = probe(path)[0], []
-    for start, end in find_scenes(path, 0.0, duration):
-        parts = max(1, math.ceil((end - start) / longest - 1e-6))
-        for a, b in pairwise(np.linspace(start, end, parts + 1).tolist()):
-            clips.append([a, b, " ".join(sanitise(caption(path, a, b), 400).split()).rstrip(".")])
-    record = {"made_of": made_of, "duration": duration, "clips": clips}
+    """Writes `kept`: duration and clips [start, end, caption]."""
+    duration, clips = caption_clips(path, caption, longest)
     kept.parent.mkdir(parents=True, exist_ok=True)
+    record = {"made_of": made_of, "duration": duration, "clips": clips}
     write_atomic(kept, lambda p: p.write_text(json.dumps(record, indent=1)))
-
-
-def alike(a, b, same):
-    """Do two captions show the same? Of the shorter one's words, a share of `same` is in the other."""
-    a, b = set(words(a)), set(words(b))
-    return len(a & b) >= same * max(1, min(len(a), len(b)))
-
-
-def merge(clips, same):
-    """Neighbouring clips that show the same → one Scene, with the caption that says most."""
-    scenes = []
-    for start, end, text in clips:
-        if scenes and alike(scenes[-1].text, text, same):
-            before = scenes.pop()
-            start, text = before.start, max(before.text, text, key=lambda t: len(words(t)))
-        scenes.append(Scene(start, end, text))
-    return scenes
-
-
-def narrative(scenes):
-    return " ".join(ASK["scene"].format(a=s.start, b=s.end, text=s.text) for s in scenes if s.text)
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
