@@ -106,7 +106,7 @@ LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.
          "opd": dict(lr=1e-6, lr_min=0.0)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
-FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform")
+FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", heal=0)
 
 
 # ------------------------------------------------------------------------------------- data: rows → packs → batches
