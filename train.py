@@ -1031,8 +1031,6 @@ def run_stage(stage, args):
     model, processor = load_model(start, args.device)
     size = sum(p.numel() for p in model.parameters())
     recipe = recipe_of(stage, args, size)
-    need(recipe.packs >= world(),
-         f"--packs {recipe.packs}: fewer videos a step than the {world()} processes; lower --jobs")
     print(f"{stage}: starts from {start} ({model.cfg.attn}, {size / 1e6:.2f} M parameters)")
 
     stage_data = data_of(stage, recipe, model, processor, args)
@@ -1250,8 +1248,11 @@ def main():
     need(stage or not args.eval_every, "--eval-every: needs --stage")
     val_rows(args, stage)                                # a mistake in it speaks now, not after the conversion
     need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
+    jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
+    count, packs = int(os.environ.get("WORLD_SIZE", jobs)), args.packs or min(r.packs for r in TINY.values())
+    need(packs >= count, f"--packs {packs}: fewer videos a step than the {count} processes; lower --jobs")
     args.out.mkdir(parents=True, exist_ok=True)
-    evaluation.join_processes(args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1), args.device)
+    evaluation.join_processes(jobs, args.device)
     if stage is None:
         whole_recipe(args)
     else:

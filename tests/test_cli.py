@@ -138,7 +138,7 @@ MISTAKES = [
     (["train.py", "--show-sample", "2"], "--show-sample: needs --stage"),
     (["train.py", "--freeze", "all"], "--freeze all"),
     (["train.py", "--teacher-device", "cuda:99"], "--teacher-device cuda:99"),
-    (["train.py", "--val", "bad.jsonl"], "--val: needs --eval-every"),
+    (["train.py", "--val", "bad.jsonl"], "--val: is for --stage cpt and for --eval-every"),
     (["train.py", "--stage", "cpt", "--eval-every", "1", *TRAIN, "--data-dir", "empty"], "empty/val.jsonl: no such"),
     (["train.py", "--stage", "rl", "--fsdp"], "--fsdp: for --stage cpt or sft"),
     (["train.py", "--stage", "cpt", "--fsdp", *TRAIN], "--fsdp: needs several processes"),
