@@ -1027,12 +1027,17 @@ def estimate(name, memory, **training):
         yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
 
+def takes_muon(name, parameter):
+    """Weight matrices inside the blocks: what train.py gives to Muon, with one moment each."""
+    return parameter.dim() == 2 and ("layers." in name or "blocks." in name)
+
+
 def training_bytes(model, seq, packs=1, checkpointing=False, freeze=(), muon=False):
     """{part: bytes} of a step of train.py on one GPU, `packs` sequences of `seq` tokens in one forward."""
     parts = {"vision": "visual.(blocks|patch_embed|pos_embed)", "projector": "visual.(merger|deepstack)"}
     trained = {n: p for n, p in model.named_parameters() if not any(re.match(parts[part], n) for part in freeze)}
     count, every = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
-    matrices = sum(p.numel() for n, p in trained.items() if p.dim() == 2 and "embed" not in n) if muon else 0
+    matrices = sum(p.numel() for n, p in trained.items() if muon and takes_muon(n, p))
     saved, working = activation_bytes(model.cfg, seq, packs, checkpointing=checkpointing, freeze=freeze)
     return {"weights": 4 * every, "bf16 copies": 2 * every, "gradients": 4 * count,
             "optimizer": 8 * (count - matrices) + 4 * matrices, "activations": saved, "working": working}

@@ -36,7 +36,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ from tqdm import tqdm
 import eval as evaluation
 from eval import gather, once, rank, world
 from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
-                 load_model, load_rows, need, read_json, run_cli, save_model, write_atomic)
+                 load_model, load_rows, need, read_json, run_cli, save_model, takes_muon, write_atomic)
 from m2la import Blocks, Calibration, convert_layers
 
 TOY = Path(__file__).parent / "data" / "toy"
@@ -399,7 +398,7 @@ def optimizers(model, recipe):
     """AdamW; with recipe.muon, Muon for the weight matrices inside the blocks (it learns the toy's shapes about four
     times faster) and AdamW for the rest: embeddings, projector, norms, biases."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if recipe.muon and p.dim() == 2 and ("layers." in n or "blocks." in n)]
+    matrices = [p for n, p in named if recipe.muon and takes_muon(n, p)]
     rest = [p for _, p in named if not any(p is q for q in matrices)]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
@@ -836,9 +835,9 @@ def train_rl(trainer, data):
             logs.append((float(k3.detach()), float(share)))
             return loss
         for batches in minis:
-            whole = sum(gather(sum(len(b["advantage"]) for b in batches)))
-            if whole:
-                jobs = [(batch, loss_of, len(batch["advantage"]) / whole) for batch in batches]
+            total = sum(gather(sum(len(b["advantage"]) for b in batches)))
+            if total:
+                jobs = [(batch, loss_of, len(batch["advantage"]) / total) for batch in batches]
                 figures["loss"] += trainer.update(jobs) / r.updates
         figures["kl"], figures["clipped"] = np.mean(logs, 0).tolist()
         return figures
@@ -900,8 +899,8 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
                 target = answer_logits(teacher, there)[0].to(logits.device)
             gap = reverse_kl(logits, target) if r.kl_form == "full" else sampled_kl(logits, target, token)
             return sequence_mean(gap, sample, count_of(batch)).mean()
-        whole = sum(gather(sum(map(count_of, batches))))
-        jobs = [(batch, loss_of, count_of(batch) / whole) for batch in batches]
+        total = sum(gather(sum(map(count_of, batches))))
+        jobs = [(batch, loss_of, count_of(batch) / total) for batch in batches]
         if replay:
             count = sum(r.replay.values())
             old = trainer.supervised(replay.batches(step, replace(r, packs=count)))
@@ -1017,7 +1016,7 @@ def print_pack(pack, tokenizer, vision_ids, marks, notes):
         what = "shared" if conversation < 0 else f"{conversation + 1}. {notes[conversation]}"
         bar, text = "│  " * depth, ""
         print(f"{bar[3:]}{'├─ ' * (depth > 0)}{what}; {len(at)} tokens, {int(pack.answer[at].sum())} in the loss")
-        for kind, run in groupby(at, kinds.__getitem__):
+        for kind, run in itertools.groupby(at, kinds.__getitem__):
             ids = pack.ids[list(run)].tolist()
             words = f"<{len(ids)} vision>" if kind == "vision" else plain(tokenizer.decode(ids))
             text += "\n".join(marks[kind].format(line) if line else "" for line in words.split("\n"))
