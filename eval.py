@@ -16,6 +16,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
     python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
     python eval.py --bench conversion [--preset qwen3-vl-8b]                          # what each idea of §3.2 saves
+    python eval.py --bench ablation --seeds 3           # the recipe without one part at a time; hours
 """
 import argparse
 import atexit
@@ -1279,6 +1280,78 @@ def bench_conversion(args):
                     "calibration_tokens": bench.moments[0].count.tolist()}, "rows": rows}
 
 
+# -------------------------------------------------------------------------------------------- ablation bench (paper: §6)
+
+# What is left out: the stage it is measured at, beside the full recipe's, and the flags of the train.py runs that lead
+# there. {full} is the run of the whole recipe. 48 frames are all of the longest short clip.
+LONG_DATA = ["sft_long.jsonl", "curated/curated.jsonl", "sft_agent.jsonl"]
+ABLATIONS = {
+    "- CPT": ("sft_long", ["--stage sft --phase short --init {full}/convert", "--stage sft --phase long"]),
+    "- long context": ("sft_long", ["--stage sft --phase long --init {full}/sft_short --max-frames 48"]),
+    "- long-video data": ("sft_long", ["--stage sft --phase long --init {full}/sft_short --without " + " ".join(LONG_DATA)]),
+    "- RL": ("opd", ["--stage opd --init {full}/sft_long --teacher {full}/teacher"]),
+    "- OPD": ("opd", [])}                                               # the full recipe's RL stage, as it is
+PAPER = {"- CPT": -2.1, "- long context": -1.4, "- long-video data": -2.0}          # points, mean of four long-video sets
+FIGURES = [(length, task) for task in ("mcq", "miou") for length in ("long", "short")]
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                             # Student's t, 1, 2, … degrees of freedom
+
+
+def ablation_scores(out, seed, more):
+    """{name: {(length, figure): points}} of one seed: the full recipe where each part is measured, and its difference
+    without the part. What has been trained and scored already is not done again."""
+    full, figures = out / f"seed{seed}" / "full", {}
+
+    def train(directory, flags):
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, "--out", str(directory), "--seed",
+                   str(seed), *more]
+        if code := subprocess.run(command).returncode:
+            sys.exit(code)
+
+    def points(directory):
+        file = directory / "scores.json"
+        if not file.is_file():
+            model, processor = open_model(directory)
+            tests = {length: full / "data" / f"test_{length}.jsonl" for length in ("short", "long")}
+            scores = {length: evaluate(model, processor, test, seed=seed, model_dir=directory)
+                      for length, test in tests.items()}
+            iv3.write_atomic(file, lambda p: p.write_text(json.dumps(scores)))
+        blocks = {length: stage_figures(iv3.read_json(file)[length]) for length in ("short", "long")}
+        return {(length, name): 100 * blocks[length][name] for length, name in FIGURES}
+    if not (full / "results.json").is_file():
+        train(full, [])
+    for stage in ("sft_long", "opd"):
+        figures[f"full, {stage}"] = whole = points(full / stage)
+        for name, (_, runs) in ((name, run) for name, run in ABLATIONS.items() if run[0] == stage):
+            directory = full.with_name(name.strip("- ").replace(" ", "_"))
+            for flags in runs:
+                done = f"{stage if flags is runs[-1] else 'sft_short'}/config.json"
+                if not (directory / done).is_file():
+                    train(directory, [*flags.format(full=full).split(), "--data-dir", str(full / "data")])
+            without = points(directory / stage if runs else full / "rl")
+            figures[name] = {key: without[key] - whole[key] for key in FIGURES}
+    return figures
+
+
+def bench_ablation(args):
+    """Each part of the recipe left out, over seeds: each with data, questions and a test of its own."""
+    out, rows = Path(args.out or "runs/ablation"), []
+    runs = [ablation_scores(out, seed, args.recipe.split()) for seed in range(args.seeds)]
+    for name in runs[0]:
+        row = {"name": name, "paper": PAPER.get(name)}
+        for key in FIGURES:
+            values = np.array([run[name][key] for run in runs])
+            half = T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+            row |= {"_".join(key): float(values.mean()), "_".join(key) + "_half": half and float(half)}
+        rows.append(row)
+    keys = ["_".join(key) for key in FIGURES]
+    lines = [[row["name"], *(f"{row[key]:{'.1f' if row['name'].startswith('full') else '+.1f'}}" + (
+        f" ± {row[key + '_half']:.1f}" if row[key + "_half"] is not None else "") for key in keys),
+        "" if row["paper"] is None else f"{row['paper']:+.1f}"] for row in rows]
+    print(f"points; what is left out: the difference to the full recipe; ± 95 %, {len(runs)} seeds, Student's t\n\n"
+          + table(["", *(f"{length} {task}" for length, task in FIGURES), "the paper, long"], lines))
+    return {"env": {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}, "rows": rows}
+
+
 # --------------------------------------------------------------------------------------------------------- the report
 
 COLOURS = {"m2la": "tab:blue", "gqa": "tab:orange", "gqa_eager": "tab:gray"}
@@ -1593,7 +1666,8 @@ def score_data(args, rows, model, processor, directory, log):
     return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
 
-BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion}
+BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion,
+           "ablation": bench_ablation}
 
 
 def main():
@@ -1619,7 +1693,8 @@ def main():
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "
         "GQA; agent-cache: a rollout's live cache against rebuilding its context at each step; conversion: the damage "
-        "of each way to convert --model (default: the tiny base)")
+        "of each way to convert --model (default: the tiny base); ablation: the recipe without one part at a time, "
+        "trained by train.py in --out, which keeps what is done (default: runs/ablation)")
     add("--preset", choices=list(iv3.PRESETS), default="tiny", help="decode: sizes (default tiny); "
         "conversion: also a random layer of these sizes (default: none)")
     add("--data-dir", metavar="DIR", default="runs/tiny/data", help="conversion: the toy data; written if it is absent")
@@ -1630,6 +1705,9 @@ def main():
     add("--attention-only", action="store_true", help="decode: time one attention layer, not the whole decoder")
     add("--steps", type=int, default=20, help="decode: timed tokens per kind; agent-cache: steps of the "
         "rollout (default 20)")
+    add("--seeds", type=int, default=3, help="ablation: how many seeds, 0, 1, … (default 3)")
+    add("--recipe", default="", metavar="FLAGS", help="ablation: flags for every run of train.py, as one argument: "
+        "--recipe='--steps 2000' is a longer form, for a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
@@ -1637,8 +1715,8 @@ def main():
     if len(given) != 1:
         raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
     need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
-    need(not (args.out and not args.data), "--out: goes with --data; a bench writes --json F")
-    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new"):
+    need(not args.out or args.data or args.bench == "ablation", "--out: goes with --data; a bench writes --json F")
+    for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new", "seeds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -1653,7 +1731,7 @@ def main():
     else:
         join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
         result = BENCHES.get(args.bench, run_data)(args)
-    if args.out and not args.json and Path(args.out).suffix != ".jsonl":
+    if args.data and args.out and not args.json and Path(args.out).suffix != ".jsonl":
         args.json = Path(args.out) / "summary.json"
     if args.json and rank() == 0:
         iv3.write_atomic(args.json, lambda p: p.write_text(json.dumps(result, indent=1)))

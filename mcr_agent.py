@@ -757,8 +757,8 @@ def claim_of(question, answer, thought):
         return f"{question} {answer}"
     saw = re.match(r"(\w+) (\w+) moving ", thought)
     colour, shape = saw.groups() if saw else ("", "shape")
-    thing = {"What colour": f"{answer} {shape}", "Which shape": f"{colour} {answer}",
-             "Which way": f"{colour} {shape} moving {answer}"}.get(toy[1], answer)
+    thing = {"What colour": f"{answer} {shape}", "Which shape": f"{colour} {answer.removeprefix('a ')}",
+             "Which way": answer.replace("shape", f"{colour} {shape}".strip())}.get(toy[1], answer)
     return f"at {toy[2]} seconds there is a {thing.strip()}."
 
 

@@ -20,7 +20,9 @@ Where this differs from the paper, and why:
     vocabulary.
  5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on SFT data beside its own samples. A tiny model
     forgets a format within two minutes.
- 6. With several processes each step is shared by hand: gradients are summed after the backward pass. `--fsdp` shards.
+ 6. SFT long has longer videos and packs than SFT short, but 2 frames a second in both (the paper: 4 in the long phase):
+    a second is the toy world's shortest event. `fps` in a row of your own data says otherwise.
+ 7. With several processes each step is shared by hand: gradients are summed after the backward pass. `--fsdp` shards.
 """
 import argparse
 import itertools
@@ -50,7 +52,8 @@ from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, b
                  load_model, load_rows, need, read_json, run_cli, save_model, takes_muon, write_atomic)
 from m2la import Blocks, Calibration, convert_layers
 
-TOY = Path(__file__).parent / "data" / "toy"
+HERE = Path(__file__).parent
+CURATED = 24                                 # long toy videos that SFT long asks about from its model's own captions
 
 
 # ----------------------------------------------------------------------------------------------------------- recipe
@@ -91,11 +94,11 @@ TINY = {
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
                          "cpt_image.jsonl": 0.05}, steps=360, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.25, "sft_agent.jsonl": 0.45, "sft_short.jsonl": 0.25,
-                        "cpt_text.jsonl": 0.05}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20,
+    "sft_long": Recipe({"sft_long.jsonl": 0.25, "curated/curated.jsonl": 0.05, "sft_agent.jsonl": 0.4,
+                        "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20,
                        reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
-                 packs=12, pool=5100),
+                 pool=5100),
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
@@ -213,13 +216,16 @@ class Data:
     """Draws packs from the JSONL files of a mix. What step n gets depends only on (seed, stage, n): a resumed run
     continues exactly, and steps can be prepared by several processes. Unreadable videos are skipped and counted."""
 
-    def __init__(self, directory, mix, processor, vision_ids, seed, stage, steps=1):
+    def __init__(self, directory, mix, processor, vision_ids, seed, stage, steps=1, max_frames=None):
         self.processor, self.vision_ids, self.seed, self.skipped = processor, vision_ids, [seed, *stage.encode()], {}
         self.groups, self.shares = [], []
         for name, share in mix.items():
             path = Path(name) if Path(name).is_file() else Path(directory) / name
             groups = defaultdict(list)
             for row in load_rows(path):
+                if max_frames:
+                    row = evaluation.edit_videos(row, lambda item: {
+                        **item, "max_frames": min(max_frames, item.get("max_frames", max_frames)), "pairs": True})
                 media = first_media(row)
                 groups[json.dumps(media) if media else len(groups) // 8].append(row)     # text alone: any 8 together
             self.groups.append((path.parent, list(groups.values())))
@@ -252,7 +258,18 @@ class Data:
             weight = np.sqrt([len(rows) for rows in groups])                  # a lone row is not worth a whole pack
             rows = groups[rng.choice(len(groups), p=weight / weight.sum())]
             out.append(([rows[i] for i in rng.permutation(len(rows))[:branches]], root))
-        return out[rank()::world()]
+        return self.share(out)
+
+    @staticmethod
+    def share(drawn):
+        """This process's part of a step: the longest pack first, each to the process that has least to do so far."""
+        costs = [sum(len(str(row["messages"])) for row in rows) + 4 * rows[0].get("duration", 0) for rows, _ in drawn]
+        loads, parts = [0] * world(), [[] for _ in range(world())]
+        for i in sorted(range(len(drawn)), key=lambda i: -costs[i]):
+            least = loads.index(min(loads))
+            loads[least] += costs[i] + 1
+            parts[least].append(drawn[i])
+        return parts[rank()]
 
     def encode(self, rows, root, **options):
         """Rows → list of Encoded, or None when their video cannot be read (counted in `skipped`)."""
@@ -474,7 +491,7 @@ class Trainer:
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
         self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage)
-        self.settings = repr((recipe, args.seed, str(inherits), args.freeze))      # a resumed run must have the same
+        self.settings = repr((recipe, args.seed, str(inherits), args.freeze, args.max_frames))     # of a resumed run too
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),
@@ -924,6 +941,10 @@ def recipe_of(stage, args, parameters):
         changes["kl_form"] = args.kl
     if args.data:
         changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
+    for name in args.without:
+        need(name in recipe.mix, f"--without {name}: {stage} has {', '.join(recipe.mix)}")
+        changes["mix"] = {k: share for k, share in changes.get("mix", recipe.mix).items() if k != name}
+        need(changes["mix"], "--without: leaves no data")
     return replace(recipe, **changes)
 
 
@@ -945,7 +966,7 @@ def start_of(stage, args):
 
 def data_of(stage, recipe, model, processor, args):
     """The stage's own data."""
-    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
+    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps, args.max_frames)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         data.only(("mcq", "grounding"))
     return data
@@ -1032,6 +1053,8 @@ def run_stage(stage, args):
     recipe = recipe_of(stage, args, size)
     print(f"{stage}: starts from {start} ({model.cfg.attn}, {size / 1e6:.2f} M parameters)")
 
+    if stage == "sft_long" and not args.data:
+        once(lambda: curate(start, args))
     stage_data = data_of(stage, recipe, model, processor, args)
     held = held_out(args, stage_data) if stage == "cpt" else []
     converts = stage == "cpt" and model.cfg.attn == "gqa" != args.attn
@@ -1094,19 +1117,26 @@ def convert_stage(model, processor, args, start, data, held, before):
     once(leave)
 
 
-def toy(script, out, args, *flags):
-    """Run data/toy/prepare.py (real .mp4 files and JSONL) or pretrain.py (the tiny base and the teacher)."""
-    command = [sys.executable, TOY / script, "--out", out, "--seed", args.seed, *flags]
+def command(script, *flags):
+    """Run another of our files: data/toy/prepare.py (real .mp4 files and JSONL), for one."""
     alone = {k: v for k, v in os.environ.items() if k != "RANK"}         # it starts processes of its own
-    if code := subprocess.run(list(map(str, command)), env=alone).returncode:
+    if code := subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], env=alone).returncode:
         sys.exit(code)                                                   # it has said why
+
+
+def curate(start, args):
+    """The long-video data of §4.2.1, questions about the first long clips from captions by the model itself."""
+    out = args.data_dir / "curated"
+    if not (out / "curated.jsonl").is_file():
+        command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", out, "--model", start,
+                "--seed", args.seed, "--limit", CURATED)
 
 
 def copy_shipped(out):
     """The shipped base and teacher as stages of this run; --base scratch trains them instead (an hour on 2 cores)."""
     for name in ("base", "teacher"):
         if not (out / name / "config.json").is_file():
-            shutil.copytree(TOY / "weights" / name, out / f"{name}.tmp", dirs_exist_ok=True)
+            shutil.copytree(HERE / "data" / "toy" / "weights" / name, out / f"{name}.tmp", dirs_exist_ok=True)
             os.replace(out / f"{name}.tmp", out / name)
 
 
@@ -1131,8 +1161,9 @@ def scores_of(stage, args):
 def whole_recipe(args):
     """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
     began = time.monotonic()
-    once(lambda: toy("prepare.py", args.data_dir, args, "--scale", args.scale))
-    once(lambda: copy_shipped(args.out) if args.base == "shipped" else toy("pretrain.py", args.out, args))
+    once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed, "--scale", args.scale))
+    once(lambda: copy_shipped(args.out) if args.base == "shipped" else
+         command("data/toy/pretrain.py", "--out", args.out, "--seed", args.seed))
     scores = {"base": scores_of("base", args)}
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
         if not (args.out / stage / "config.json").is_file():
@@ -1150,6 +1181,9 @@ def whole_recipe(args):
     results["agent"] = json.loads(agent_file.read_text())
     once(lambda: evaluation.write_results(results, args.out))
     evaluation.print_table(results)
+    if not (args.out / "decode.json").is_file():
+        once(lambda: command("eval.py", "--bench", "decode", "--contexts", "1024,4096,16384", "--json",
+                             args.out / "decode.json"))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
     once(lambda: print(evaluation.report_line(args.out)))
@@ -1192,6 +1226,8 @@ def main():
     add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
+    add("--without", nargs="+", default=(), metavar="F.jsonl", help="leave files out of the recipe's mix")
+    add("--max-frames", type=int, help="at most so many frames of a video (default: what the rows say)")
     add("--val", type=Path, metavar="F.jsonl", help="held-out rows, of cpt and of --eval-every (default: val.jsonl of "
         "--data-dir; cpt with --data: one video in twenty of it, which is not trained on)")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
@@ -1222,7 +1258,7 @@ def main():
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
     for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed",
-                 "show_sample", "eval_every"):
+                 "show_sample", "eval_every", "max_frames"):
         least = 0 if name in ("muon", "workers", "save_every", "seed", "eval_every") else 1
         value = getattr(args, name)
         need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")

@@ -494,9 +494,11 @@ def test_what_was_searched_is_looked_up(clip):
 @pytest.mark.parametrize("question, answer, thought, claim", [
     ("What is shown at 12 seconds?", "red circle", "", "red circle"),
     ("What colour is the shape at 12 seconds?", "red", "blue circle moving left on grey.", "red circle"),
-    ("Which shape is shown at 12 seconds?", "ring", "red circle moving left on grey.", "red ring"),
-    ("Which shape is shown at 12 seconds?", "ring", "", "ring"),
-    ("Which way does the shape move at 12 seconds?", "up", "", "shape moving up")])
+    ("Which shape is shown at 12 seconds?", "a ring", "red circle moving left on grey.", "red ring"),
+    ("Which shape is shown at 12 seconds?", "a ring", "", "ring"),
+    ("Which way does the shape move at 12 seconds?", "shape moving up", "", "shape moving up"),
+    ("Which way does the shape move at 12 seconds?", "shape moving up", "red circle moving up on grey.",
+     "red circle moving up")])
 def test_claims_have_the_toy_wording(question, answer, thought, claim):
     assert mcr_agent.claim_of(question, answer, thought) == f"at 12 seconds there is a {claim}."
 

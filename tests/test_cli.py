@@ -244,7 +244,7 @@ def test_two_processes_do_what_one_does(command, world):
     """Training: the same losses. Scores of a file, direct and of the agent: the same results."""
     losses, scores = {}, {}
     for jobs in (1, 2):
-        flags = ("--steps", 4, "--packs", 4, "--branches", 3, "--out", f"by{jobs}", "--jobs", jobs)
+        flags = ("--steps", 2, "--packs", 4, "--branches", 3, "--out", f"by{jobs}", "--jobs", jobs)
         code, _, err = command(world, "train.py", "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
                                "--data-dir", "data", *flags)
         assert code == 0, err
@@ -252,7 +252,7 @@ def test_two_processes_do_what_one_does(command, world):
         losses[jobs] = [[x["loss"] for x in lines], [x["tokens"] for x in lines]]
         scores[jobs] = []
         for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
-            code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 10, "--max-new", 4,
+            code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 6, "--max-new", 4,
                                    *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json", "--out",
                                    f"{file}{jobs}.jsonl")
             assert code == 0, err
@@ -265,7 +265,7 @@ def test_two_processes_do_what_one_does(command, world):
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     """A process of its own, started from another folder as a user would."""
     arguments = [sys.executable, str(ROOT / "train.py"), "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
-                 "--steps", "60", "--save-every", "0", "--data-dir", "data", "--out", "stopped", "--packs", "2",
+                 "--steps", "20", "--save-every", "0", "--data-dir", "data", "--out", "stopped", "--packs", "2",
                  "--jobs", "2"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)   # a background job would ignore it
     process = subprocess.Popen(arguments, cwd=world, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -279,7 +279,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(world):
     assert not (world / "stopped" / "cpt" / "config.json").exists()
     again = subprocess.run(arguments, cwd=world, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming at step" in again.stdout
-    assert [json.loads(x)["step"] for x in metrics.open()] == list(range(60))
+    assert [json.loads(x)["step"] for x in metrics.open()] == list(range(20))
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])          # all four, in one process: test_train.py
@@ -308,7 +308,7 @@ def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
 
 def test_the_whole_recipe_from_one_command(command, world):
     """Data, conversion, four stages, agent and table, at the smallest scale; a second call only prints the table."""
-    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 3, "--jobs", 1)
+    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 3, "--jobs", 2)
     code, out, err = command(world, *arguments)
     assert code == 0, err
     results = json.loads((world / "whole" / "results.json").read_text())

@@ -334,7 +334,7 @@ def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
 
 def arguments(out, **changes):
     flags = dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0, eval_every=0, checkpointing=False,
-                 fsdp=False)
+                 fsdp=False, max_frames=None)
     return SimpleNamespace(**{**flags, **changes})
 
 
@@ -425,7 +425,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_pa
 
 def run(stage, out, tiny, processor, toy, teacher=None, args=None, **changes):
     lr = 1e-4 if stage == "rl" else 1e-3                      # at 1e-3 a random policy soon has one answer for all
-    trainer = trainer_of(out, tiny, processor.tokenizer, stage, args, lr=lr, **changes)
+    trainer = trainer_of(out, tiny, processor.tokenizer, stage, args, lr=lr, packs=2, **changes)
     data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
     if stage == "rl":
         train.train_rl(trainer, data)
@@ -651,7 +651,7 @@ def test_opd_replays_sft_data_beside(tiny, processor, toy, tmp_path, monkeypatch
     replay, losses = data_of(toy, processor, "cpt_text.jsonl"), []
     for old in (None, replay):
         out = tmp_path / str(old is None)
-        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", replay={"cpt_text.jsonl": 2})
+        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", packs=2, replay={"cpt_text.jsonl": 2})
         before = mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4)))
         train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"), tmp_path / "teacher", old)
         losses.append(before - mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4))))

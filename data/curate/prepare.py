@@ -122,12 +122,12 @@ def ask(video, scenes, rng, questions, same):
 
 
 # ---- a folder ------------------------------------------------------------------------------------------------------
-def curate(folder, out, caption, settings, seed=0, questions=16, longest=10.0, same=0.85):
+def curate(folder, out, caption, settings, seed=0, questions=16, longest=10.0, same=0.85, limit=None):
     """Writes curated.jsonl to `out`. caption(video, start, end) → text; `settings` (JSON) names what captions depend on
     besides: an `out` with captions of others is refused."""
-    need(questions >= 4 and longest >= 1 and 0 < same <= 1 and seed >= 0,
-         "--questions must be at least 4, --longest 1, --seed 0; --same above 0 and at most 1")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    need(questions >= 4 and longest >= 1 and 0 < same <= 1 and seed >= 0 and (limit is None or limit >= 1),
+         "--questions must be at least 4, --longest and --limit 1, --seed 0; --same above 0 and at most 1")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())[:limit]
     need(paths, f"{folder}: no such folder, or no videos in it ({' '.join(sorted(SUFFIXES))})")
     rows, stories, skipped, total = [], {}, 0, Counter()
     for path in paths:
@@ -171,6 +171,7 @@ def main():
     parser.add_argument("--questions", type=int, default=16, help="rows of a video, at most (default 16)")
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of the longest clip (default 10)")
     parser.add_argument("--same", type=float, default=0.85, help="common words, 0-1, of captions that say the same")
+    parser.add_argument("--limit", type=int, help="the first so many videos (default: all)")
     args = vars(parser.parse_args())
     model, prompt = find_model(args.pop("model")), args.pop("prompt")
     curate(**args, caption=ModelCaptioner(model, prompt), settings={"model": str(model), "prompt": prompt})

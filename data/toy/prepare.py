@@ -27,7 +27,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 3  # raise it when the same settings give other data: older folders are then refused, not mixed
+VERSION = 4  # raise it when the same settings give other data: older folders are then refused, not mixed
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
@@ -46,6 +46,7 @@ FPS, SIZE, BORDER = 4, 32, 3  # frames a second in the file, pixels, width of a 
 COARSE, DIRECT = 24, 48  # frames that the agent sees first; frames of its whole budget, for direct answering
 MCQ = ["colour", "shape", "direction", "what", "order", "count"]
 UNSEEN = ["brief", "speech", "fact"]  # kinds whose evidence the coarse pass does not show
+PHRASES = {"shape": "a {}", "direction": "shape moving {}"}  # as in captions, where the base learned to say them
 SEEN = ["colour", "shape", "direction", "what"]  # asked at a time that the coarse pass does show
 
 TEXT = dict(
@@ -297,8 +298,9 @@ class Asker:
             name = "object" if kind == "what" else kind
             right, wrong = getattr(here, name), [getattr(s, name) for s in clip.scenes]
             fill = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "what": ()}[kind]
-            if kind == "shape":  # "a ring": then the piece is " ring", as in every caption, and not the rare "ring"
-                right, wrong, fill = f"a {right}", [f"a {w}" for w in wrong], [f"a {f}" for f in fill]
+            if kind in PHRASES:
+                right, *rest = (PHRASES[kind].format(word) for word in (right, *wrong, *fill))
+                wrong, fill = rest[:len(wrong)], rest[len(wrong):]
         options = pick(rng, sorted(set(wrong) - {right}), 3)
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)

@@ -147,7 +147,8 @@ def main():
                "--scale", args.scale, "--pretrain", args.clips]
     if code := subprocess.run(list(map(str, prepare))).returncode:
         sys.exit(code)                                       # it has said why
-    vars(args).update(device="cpu", freeze=[], workers=0, save_every=20, eval_every=0, checkpointing=False, fsdp=False)
+    vars(args).update(device="cpu", freeze=[], workers=0, save_every=20, eval_every=0, checkpointing=False, fsdp=False,
+                      max_frames=None)
     join_processes(args.jobs or min(4, os.cpu_count()))
     previous = None
     for stage, recipe in RECIPES.items():
