@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from iv3 import (SPECIALS, find_model, load_model, need, probe, read_json, read_video, run_cli, sample_times,
-                 write_atomic)
+                 sample_token, write_atomic)
 from m2la import UserError
 
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
@@ -74,8 +74,9 @@ class LiveModel:
     """Our model behind the agent's interface, with one growing context. New messages are queued and prefilled
     together just before the model goes on, so that every token passes through the model exactly once."""
 
-    def __init__(self, model, processor, capacity=8192):
+    def __init__(self, model, processor, capacity=8192, temperature=0.0, seed=0):
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.temperature, self.seed, self.random = temperature, seed, torch.Generator().manual_seed(seed)
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
         self.own = self.side = self.dropped = 0      # written by the model; spent outside; forgotten by `rewind`
@@ -83,6 +84,7 @@ class LiveModel:
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
         banned = [self.tokenizer.token_id(s) for s in SPECIALS if s not in allowed]
+        banned += range(len(self.tokenizer), model.cfg.vocab)        # rows of the table that stand for no token
         self.banned = torch.tensor(banned, device=model.device)
 
     @property
@@ -126,14 +128,14 @@ class LiveModel:
 
     @torch.inference_mode()
     def generate(self, max_new, stop=("</tool_call>",), opening="", first="", deadline=math.inf):
-        """One greedy assistant turn, closed in the context afterwards → its text, `opening` included. `first`: how the
-        model's own first words must begin. Also ends at a `stop` token or at the deadline (time.monotonic)."""
+        """One assistant turn, closed in the context afterwards → its text, `opening` included. `first`: how the model's
+        own first words must begin. Also ends at a `stop` token or at the deadline (time.monotonic)."""
         self._write("<|im_start|>assistant\n" + opening)
         ends = {self.tokenizer.token_id(s) for s in ("<|im_end|>", "<|endoftext|>")}
         stops, ids, chances = {self.tokenizer.token_id(s) for s in stop}, [], []
         while len(ids) < max_new and not (ids and ids[-1] in stops) and time.monotonic() < deadline:
             logp = self._flush()
-            token = int(logp.argmax())
+            token = int(sample_token(logp[None], self.temperature, self.random)[0])
             if first and not ids:
                 some = first_tokens(self.tokenizer, first).to(logp.device)
                 token = int(some[logp[some].argmax()])
@@ -217,9 +219,10 @@ class RemoteModel:
     as PNG data URLs behind their times. A request holds the whole context (only the server can keep a prefix), a turn
     cannot be opened for the model, choices are asked for, not scored. Tokens are estimates: 4 letters, 256 an image."""
 
-    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0):
+    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0, temperature=0.0, seed=0):
         need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
         self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
+        self.temperature, self.seed = temperature, seed
         self.capacity, self.tokens, self.side, self.prefilled, self.messages = capacity, 0, 0, 0, []
 
     def convert(self, message):
@@ -246,7 +249,8 @@ class RemoteModel:
                 m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
             turns.append(m)
         turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
-        body = json.dumps({"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0}).encode()
+        body = json.dumps({"model": self.name, "messages": turns, "max_tokens": max_new, "seed": self.seed,
+                           "temperature": self.temperature}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, body, headers)
 
@@ -947,7 +951,8 @@ class Rollout:
             how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
                     options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
-                    recalled=self.recalled)
+                    recalled=self.recalled, temperature=getattr(self.model, "temperature", None),
+                    seed=getattr(self.model, "seed", None))
         while not exhausted and not F.final:
             began, frames = time.monotonic(), len(self.seen)
             try:
@@ -1152,6 +1157,8 @@ def main():
     parser.add_argument("--route", choices=ROUTES, help="question type, instead of the model's choice")
     parser.add_argument("--without", nargs="+", choices=PARTS, default=(), help="parts of the agent to leave out")
     parser.add_argument("--tools-prompt", action="store_true", help="describe the tools in the system prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the assistant's turns (default 0: greedy)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples at a temperature above 0")
     group = parser.add_argument_group("budget, all hard")
     abouts = ("assistant turns", "different frames shown", "tokens of all contexts", "wall clock",
               "frames of the first look", "tokens of the longest turn", "share of --tokens that the live context may "
@@ -1165,20 +1172,22 @@ def main():
     args = parser.parse_args()
     for path in filter(None, (args.trace, args.html)):
         need(Path(path).absolute().parent.is_dir(), f"{path}: no such folder to write it to")
+    need(args.temperature >= 0 and args.seed >= 0, "--temperature and --seed must be at least 0")
     need(args.replay or args.question is not None, 'give VIDEO and "question", or --replay TRACE')
     if args.replay:
         records, text = read_trace(args.replay)
         print(text)
     else:
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
+        sampling = {"temperature": args.temperature, "seed": args.seed}
         if args.url:
-            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""))
+            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
             asked = live
         else:
             device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
             directory = find_model(args.model)
             loaded = load_model(directory, device, dtype)
-            live, asked = (LiveModel(*loaded, tokens) for tokens in (budget.tokens, 1))
+            live, asked = (LiveModel(*loaded, tokens, **sampling) for tokens in (budget.tokens, 1))
         if args.trace:
             Path(args.trace).write_text("")
 

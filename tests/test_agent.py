@@ -530,7 +530,7 @@ def test_replay_prints_what_was_printed(clip, tmp_path, monkeypatch, capsys):
     model = ScriptedModel([call("view", start=33, end=37), "oops", final()])
     monkeypatch.setattr(mcr_agent, "load_model", lambda *_: (None, None))
     monkeypatch.setattr(mcr_agent, "find_model", lambda *_: None)
-    monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_: model)
+    monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_, **how: model)
     trace, page = tmp_path / "t.jsonl", tmp_path / "t.html"
     code, live, _ = run_main(monkeypatch, capsys, clip, "What colour is the shape at 34 seconds?",
                              "--options", *OPTIONS, "--trace", trace, "--html", page)
@@ -942,3 +942,15 @@ def test_an_untrained_model_finishes_within_its_budget(clip, attn):
     result = run_agent(LiveModel(model, processor, budget.tokens), clip, "What colour is the shape at 34 seconds?",
                        OPTIONS, budget=budget, facts=clip.parent / "facts")
     assert result.tokens <= 3000 and result.frames <= 48 and result.budget_exhausted == "calls" and result.steps == 2
+
+
+def test_a_sampled_rollout_is_told_by_its_seed(clip):
+    model, processor = tiny("gqa")
+
+    def turns(**how):
+        live = LiveModel(model, processor, 3000, **how)
+        trace = run_agent(live, clip, "What colour is the shape at 34 seconds?", budget=Budget(calls=2, tokens=3000)).trace
+        return [trace[0][key] for key in ("temperature", "seed")], [(r["reason"], r["feedback"]) for r in trace[1:-1]]
+    assert turns(temperature=1.0, seed=3) == turns(temperature=1.0, seed=3)
+    assert turns(temperature=1.0, seed=3)[1] != turns(temperature=1.0, seed=4)[1]
+    assert turns() == ([0.0, 0], turns(seed=4)[1])

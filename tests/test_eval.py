@@ -15,6 +15,7 @@ import torch
 import eval as evaluation
 import iv3
 import mcr_agent
+import train
 from m2la import UserError
 
 QUESTION = "What colour is the shape at 1 seconds?"
@@ -576,6 +577,57 @@ def test_a_report_says_what_makes_the_missing_parts(run):
         evaluation.write_report(run)
     assert "decode.json" in evaluation.report_line(run) and "no report" in evaluation.report_line(run / "absent")
     assert not (run / "absent").exists()
+
+
+# ---- the ablation bench ----------------------------------------------------------------------------------------------
+
+def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tmp_path, monkeypatch, capsys):
+    """The commands are train.py's own, up to the training itself; a part's scores are told by its directory."""
+    trained, scored, runs = [], [], tmp_path / "runs"
+    points = {"full": 60, "CPT": 50, "long_context": 58, "long-video_data": 55.5, "RL": 59}
+
+    def leave(stage, args):
+        assert args.steps == 5 and args.data_dir == runs / f"seed{args.seed}" / "full" / "data"
+        trained.append((args.seed, args.out.name, stage, Path(args.init).name if args.init else None, args.max_frames,
+                        tuple(args.without)))
+        iv3.save_model(args.out / stage, world.model, world.processor.tokenizer)
+
+    def leave_all(args):
+        for stage in iv3.STAGES:
+            leave(stage, args)
+        (args.out / "results.json").write_text("{}")
+
+    def score(model, processor, test, seed, model_dir):
+        scored.append(model_dir)
+        value = (points[model_dir.parent.name] + seed - (model_dir.name == "rl")) / 100 - ("long" in test.name) / 10
+        blocks = {"mcq": ["acc"], "grounding": ["miou", "r1_30", "r1_50", "r1_70", "width"]}
+        return {task: {name + part: value for name in names for part in ("", "_n", "_ci")}
+                for task, names in blocks.items()}
+
+    def run(line):
+        monkeypatch.setattr(sys, "argv", line[1:])
+        train.main()
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(train, "run_stage", leave)
+    monkeypatch.setattr(train, "whole_recipe", leave_all)
+    monkeypatch.setattr(evaluation.subprocess, "run", run)
+    monkeypatch.setattr(evaluation, "evaluate", score)
+    bench = ["--bench", "ablation", "--seeds", 2, "--out", runs, "--recipe", "--steps 5 --jobs 1"]
+    command(monkeypatch, [*bench, "--json", tmp_path / "a.json"])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert rows["full, opd"]["short_mcq"] == pytest.approx(60.5) and rows["full, opd"]["long_miou"] == pytest.approx(50.5)
+    changes = {name: row["long_mcq"] for name, row in rows.items() if name.startswith("- ")}
+    assert changes == pytest.approx({"- CPT": -10, "- long context": -2, "- long-video data": -4.5, "- RL": -1, "- OPD": -1})
+    assert rows["full, opd"]["short_mcq_half"] == pytest.approx(12.71 * 0.5)      # of 60 and 61: t · sd / √2
+    mine = [run[1:] for run in trained if run[0] == 1 and run[1] != "full"]
+    long = ("sft_long.jsonl", "curated/curated.jsonl", "sft_agent.jsonl")
+    assert mine == [("CPT", "sft_short", "convert", None, ()), ("CPT", "sft_long", None, None, ()),
+                    ("long_context", "sft_long", "sft_short", 48, ()),
+                    ("long-video_data", "sft_long", "sft_short", None, long), ("RL", "opd", "sft_long", None, ())]
+    assert set(long) < set(train.TINY["sft_long"].mix)
+    before, first = (len(trained), len(scored)), capsys.readouterr().out
+    command(monkeypatch, bench)
+    assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
 
 
 # ---- the decode bench and the command -------------------------------------------------------------------------------

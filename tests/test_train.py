@@ -309,6 +309,37 @@ def test_packs_are_rows_about_one_video_in_the_shares_of_the_mix(toy, processor)
     assert np.mean(shares) == pytest.approx(0.7, abs=0.1)
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_step_evenly(processes, toy, processor, monkeypatch):
+    """Together they have every pack once; the largest load is no more than one pack above the smallest."""
+    data = data_of(toy, processor, MIX)
+    whole, parts = data.step(3, 9, 4), []
+    monkeypatch.setattr(train, "world", lambda: processes)
+    for number in range(processes):
+        monkeypatch.setattr(train, "rank", lambda number=number: number)
+        parts.append(data.step(3, 9, 4))
+    assert sorted(str(pack) for part in parts for pack in part) == sorted(map(str, whole))
+    sizes = [[sum(len(str(row)) for row in rows) for rows, _ in part] for part in parts]
+    assert max(map(sum, sizes)) - min(map(sum, sizes)) < 1.2 * max(sum(sizes, []))
+
+
+def test_max_frames_caps_each_video_of_the_stage(toy, processor):
+    few, all_ = (train.Data(toy, MIX, processor, (5, 6), 0, "sft_long", 1, most) for most in (8, None))
+    rows, root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
+    counts = [data.encode([row for _, groups in data.groups for group in groups for row in group
+                           if row["id"] == rows[0]["id"]], root)[0].frames for data in (few, all_)]
+    assert counts == [8, 2 * int(rows[0]["duration"])]
+
+
+def test_without_leaves_files_out_of_the_mix():
+    args = SimpleNamespace(**dict.fromkeys(("steps", "lr", "muon", "packs", "branches", "tokens", "kl", "data")),
+                           without=["sft_long.jsonl"])
+    left = train.recipe_of("sft_long", args, 10 ** 6).mix
+    assert left == {name: share for name, share in train.TINY["sft_long"].mix.items() if name != "sft_long.jsonl"}
+    with pytest.raises(UserError, match="--without sft_long.jsonl: cpt has cpt_text.jsonl"):
+        train.recipe_of("cpt", args, 10 ** 6)
+
+
 def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
     rows = [json.loads(line) for line in (toy / "sft_short.jsonl").open()]
     rows = [r for r in rows if r["id"].endswith(("-00", "-01"))][:24]        # of twelve videos
@@ -425,7 +456,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_pa
 
 def run(stage, out, tiny, processor, toy, teacher=None, args=None, **changes):
     lr = 1e-4 if stage == "rl" else 1e-3                      # at 1e-3 a random policy soon has one answer for all
-    trainer = trainer_of(out, tiny, processor.tokenizer, stage, args, lr=lr, packs=2, **changes)
+    trainer = trainer_of(out, tiny, processor.tokenizer, stage, args, lr=lr, packs=3, **changes)
     data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
     if stage == "rl":
         train.train_rl(trainer, data)
