@@ -1280,20 +1280,19 @@ def bench_conversion(args):
                     "calibration_tokens": bench.moments[0].count.tolist()}, "rows": rows}
 
 
-# -------------------------------------------------------------------------------------------- ablation bench (paper: §6)
+# ------------------------------------------------------------------------------------------ ablation bench (paper: §6)
 
-# What is left out: the stage it is measured at, beside the full recipe's, and the flags of the train.py runs that lead
-# there. {full} is the run of the whole recipe. 48 frames are all of the longest short clip.
-LONG_DATA = ["sft_long.jsonl", "curated/curated.jsonl", "sft_agent.jsonl"]
+LONG_DATA = "sft_long.jsonl curated/curated.jsonl sft_agent.jsonl"                   # all that is about long clips
+# Left out → the stage after which it is measured, and the runs of train.py that lead there from the full recipe
 ABLATIONS = {
     "- CPT": ("sft_long", ["--stage sft --phase short --init {full}/convert", "--stage sft --phase long"]),
     "- long context": ("sft_long", ["--stage sft --phase long --init {full}/sft_short --max-frames 48"]),
-    "- long-video data": ("sft_long", ["--stage sft --phase long --init {full}/sft_short --without " + " ".join(LONG_DATA)]),
+    "- long-video data": ("sft_long", ["--stage sft --phase long --init {full}/sft_short --without " + LONG_DATA]),
     "- RL": ("opd", ["--stage opd --init {full}/sft_long --teacher {full}/teacher"]),
-    "- OPD": ("opd", [])}                                               # the full recipe's RL stage, as it is
-PAPER = {"- CPT": -2.1, "- long context": -1.4, "- long-video data": -2.0}          # points, mean of four long-video sets
+    "- OPD": ("opd", [])}                                                            # the full recipe after RL
+PAPER = {"- CPT": -2.1, "- long context": -1.4, "- long-video data": -2.0}           # points, mean of four long sets
 FIGURES = [(length, task) for task in ("mcq", "miou") for length in ("long", "short")]
-T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                             # Student's t, 1, 2, … degrees of freedom
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
 
 
 def ablation_scores(out, seed, more):
@@ -1340,7 +1339,7 @@ def bench_ablation(args):
         row = {"name": name, "paper": PAPER.get(name)}
         for key in FIGURES:
             values = np.array([run[name][key] for run in runs])
-            half = T95[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+            half = T95[min(len(values), 9) - 2] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
             row |= {"_".join(key): float(values.mean()), "_".join(key) + "_half": half and float(half)}
         rows.append(row)
     keys = ["_".join(key) for key in FIGURES]

@@ -92,11 +92,11 @@ CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jso
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
-                         "cpt_image.jsonl": 0.05}, steps=360, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
+                         "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.25, "curated/curated.jsonl": 0.05, "sft_agent.jsonl": 0.4,
-                        "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01, warmup=0.05, branches=20,
-                       reduction="square"),
+                        "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=160, lr=1e-3, lr_min=5e-5, muon=0.01,
+                       warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  pool=5100),
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
@@ -491,7 +491,7 @@ class Trainer:
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
         self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage)
-        self.settings = repr((recipe, args.seed, str(inherits), args.freeze, args.max_frames))     # of a resumed run too
+        self.settings = repr((recipe, args.seed, str(inherits), args.freeze, args.max_frames))   # of a resumed run too
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),

@@ -949,7 +949,7 @@ def test_a_sampled_rollout_is_told_by_its_seed(clip):
 
     def turns(**how):
         live = LiveModel(model, processor, 3000, **how)
-        trace = run_agent(live, clip, "What colour is the shape at 34 seconds?", budget=Budget(calls=2, tokens=3000)).trace
+        trace = run_agent(live, clip, "What colour?", budget=Budget(calls=2, tokens=3000)).trace
         return [trace[0][key] for key in ("temperature", "seed")], [(r["reason"], r["feedback"]) for r in trace[1:-1]]
     assert turns(temperature=1.0, seed=3) == turns(temperature=1.0, seed=3)
     assert turns(temperature=1.0, seed=3)[1] != turns(temperature=1.0, seed=4)[1]

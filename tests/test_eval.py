@@ -615,9 +615,11 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
     bench = ["--bench", "ablation", "--seeds", 2, "--out", runs, "--recipe", "--steps 5 --jobs 1"]
     command(monkeypatch, [*bench, "--json", tmp_path / "a.json"])
     rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
-    assert rows["full, opd"]["short_mcq"] == pytest.approx(60.5) and rows["full, opd"]["long_miou"] == pytest.approx(50.5)
+    assert rows["full, opd"]["short_mcq"] == pytest.approx(60.5)
+    assert rows["full, opd"]["long_miou"] == pytest.approx(50.5)
     changes = {name: row["long_mcq"] for name, row in rows.items() if name.startswith("- ")}
-    assert changes == pytest.approx({"- CPT": -10, "- long context": -2, "- long-video data": -4.5, "- RL": -1, "- OPD": -1})
+    assert changes == pytest.approx({"- CPT": -10, "- long context": -2, "- long-video data": -4.5, "- RL": -1,
+                                     "- OPD": -1})
     assert rows["full, opd"]["short_mcq_half"] == pytest.approx(12.71 * 0.5)      # of 60 and 61: t · sd / √2
     mine = [run[1:] for run in trained if run[0] == 1 and run[1] != "full"]
     long = ("sft_long.jsonl", "curated/curated.jsonl", "sft_agent.jsonl")
