@@ -353,8 +353,7 @@ def baselines(test_rows, train_rows, root=".", train_root=None, blind=None, seed
 def blind_rows(rows):
     """The same questions, each with the next clip's video: what the model knows without looking."""
     clips = sorted({clip_of(row) for row in rows})
-    if len(clips) < 2:
-        raise UserError("--blind needs rows about at least two videos: raise --limit or leave --blind out")
+    need(len(clips) > 1, "--blind needs rows about at least two videos: raise --limit or leave --blind out")
     other = dict(zip(clips, clips[1:] + clips[:1]))
     return [edit_videos(row, lambda item: {**item, "video": other.get(item["video"], item["video"])}) for row in rows]
 
@@ -390,6 +389,14 @@ def once(action):
         action()
     if world() > 1:
         dist.barrier()
+
+
+def command(script, *flags):
+    """Run another of our files, with its own processes; if it fails, so does this command."""
+    alone = {k: v for k, v in os.environ.items() if k != "RANK"}
+    line = [sys.executable, str(Path(__file__).parent / script), *map(str, flags)]
+    if code := subprocess.run(line, env=alone).returncode:
+        sys.exit(code if code > 0 else f"error: {script} was killed by signal {-code}")      # else it has said why
 
 
 def join_processes(jobs, device="cpu"):
@@ -445,8 +452,7 @@ def encoded_batches(processor, rows, root, batch_size, generation, name, missing
         print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; first {missing[0]}")
 
 
-def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, temperature=0.0, generator=None,
-                stats=None, name="answers", log=None):
+def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, stats=None, name="answers", log=None):
     """One text per row, None where the video cannot be read. `max_new`: by default that of the rows' preset, else 48.
     `stats`, a dict, receives what the number was made from: max_new, each row's frames and prompt tokens (`samples`,
     by id) and their means. `log`, a SampleLog, keeps every sample; what it has is not done again."""
@@ -455,7 +461,7 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, t
     stop = processor.tokenizer.token_id("<|im_end|>")
     for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, missing, known):
         start = time.perf_counter()
-        outs = iv3.generate(model, samples, stop, max_new, temperature, generator=generator)
+        outs = iv3.generate(model, samples, stop, max_new)
         ms = (time.perf_counter() - start) * 1e3 / len(samples)
         done = {i: {"text": out.text(processor.tokenizer), "frames": sample.frames, "tokens": len(sample.ids), "ms": ms}
                 for i, out, sample in zip(numbers, outs, samples)}
@@ -685,18 +691,13 @@ def render_compare(result):
 
 # ------------------------------------------------------------------------------------------- the agent (§3.1, §3.4)
 
-def open_model(directory):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return iv3.load_model(directory, device, torch.bfloat16 if device == "cuda" else torch.float32)
-
-
-def agent_row(model, processor, row, root, facts, budget, without=()):
+def agent_row(model, processor, row, root, facts, without=()):
     """One rollout → {text (None: missing), first, hit, overlap, forced, frames, tokens}. first: the answer that
     verification sent back, or the same. Of the cited spans one has an IoU >= 0.3 with the truth (hit), > 0 (overlap);
     None if the row names no evidence. A benchmark's row gives the agent its preset's number and size of frames, and the
     tokens they take; prompts and frame rate are the agent's own."""
     facts = facts or (Path(root) / row["facts"] if "facts" in row else None)
-    budget, item, more = budget or mcr_agent.Budget(), media_items(row)[0], {}
+    budget, item, more = mcr_agent.Budget(), media_items(row)[0], {}
     frames = row.get("frames") or item["max_frames"]
     budget = replace(budget, frames=frames, coarse=min(budget.coarse, frames))
     if "frame_tokens" in item:                                   # a stamp and two marks are about 16 tokens more
@@ -743,7 +744,7 @@ def direct_answers(model, processor, rows, root, batch_size=32, max_new=48, log=
     return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct", log=log)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, batch_size=32, max_new=48, seed=0,
+def evaluate_agent(model, processor, rows, root=".", facts=None, batch_size=32, max_new=48, seed=0,
                    log=None, without=(), direct=None):
     """{unseen, seen, official: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, groups, mended,
     broken, forced, frames, missing}}: the MCR agent, `without` some of its parts, against the same model answering
@@ -753,7 +754,7 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, budget=None, ba
     own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
     for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
         start = time.perf_counter()
-        own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, budget, without))
+        own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, without))
         if log and row["id"] not in known:
             log.add("agent", [(row, {**own[-1], "ms": (time.perf_counter() - start) * 1e3})])
     for part, done in enumerate(gather(own)):
@@ -836,10 +837,6 @@ def render_agents(agents):
     header = ["agent", *(f"{group} {x}" for group in agents["full"] for x in what)]
     return table(["kind", "direct", "agentic", "cites it", "touches", "n"], by) + (
         "\n\n" + table(header, parts) if len(agents) > 1 else "")
-
-
-def print_table(results):
-    print(render(results))
 
 
 def write_results(results, out):
@@ -1008,8 +1005,7 @@ def decode_row(models, context, steps, device, copied):
 @torch.no_grad()
 def bench_decode(args):
     contexts = [int(c) if c.strip().isdigit() else 0 for c in args.contexts.split(",")]
-    if min(contexts) < 1:
-        raise UserError(f"--contexts {args.contexts}: takes positive numbers such as 1024,4096")
+    need(min(contexts) > 0, f"--contexts {args.contexts}: takes positive numbers such as 1024,4096")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(args.seed)
     cfg = iv3.Config.preset(args.preset)
@@ -1081,7 +1077,7 @@ def agent_cache_rows(models, first, new, steps, device):
 
 @torch.no_grad()
 def bench_agent_cache(args):
-    iv3.need(not args.attention_only, "--attention-only belongs to --bench decode")
+    need(not args.attention_only, "--attention-only belongs to --bench decode")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(args.seed)
     cfg = iv3.Config.preset(args.preset)
@@ -1254,13 +1250,11 @@ class RandomLayer:
 
 
 def bench_conversion(args):
-    toy = Path(__file__).parent / "data" / "toy"
     root = Path(args.data_dir)
     if not (root / "val.jsonl").is_file():
-        subprocess.run([sys.executable, toy / "prepare.py", "--out", root, "--seed", str(args.seed)], check=True)
-    model, processor = open_model(args.model or toy / "weights" / "base")
-    if model.cfg.attn != "gqa":
-        raise UserError(f"--model {args.model}: its attention is {model.cfg.attn} already; give a GQA model")
+        command("data/toy/prepare.py", "--out", root, "--seed", args.seed)
+    model, processor = iv3.open_model(args.model or Path(__file__).parent / "data/toy/weights/base")
+    need(model.cfg.attn == "gqa", f"--model {args.model}: its attention is {model.cfg.attn} already; give a GQA model")
     bench = ConversionBench(model, processor, root, args.seed)
     random = RandomLayer(iv3.Config.preset(args.preset), args.seed) if args.preset != "tiny" else None
     rows, total = [], bench.base.sum(0)
@@ -1300,16 +1294,13 @@ def ablation_scores(out, seed, more):
     without the part. What has been trained and scored already is not done again."""
     full, figures = out / f"seed{seed}" / "full", {}
 
-    def train(directory, flags):
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags, "--out", str(directory), "--seed",
-                   str(seed), *more]
-        if code := subprocess.run(command).returncode:
-            sys.exit(code)
+    def train(directory, *flags):
+        command("train.py", *flags, "--out", directory, "--seed", seed, *more)
 
     def points(directory):
         file = directory / "scores.json"
         if not file.is_file():
-            model, processor = open_model(directory)
+            model, processor = iv3.load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")
             tests = {length: full / "data" / f"test_{length}.jsonl" for length in ("short", "long")}
             scores = {length: evaluate(model, processor, test, seed=seed, model_dir=directory)
                       for length, test in tests.items()}
@@ -1317,35 +1308,39 @@ def ablation_scores(out, seed, more):
         blocks = {length: stage_figures(iv3.read_json(file)[length]) for length in ("short", "long")}
         return {(length, name): 100 * blocks[length][name] for length, name in FIGURES}
     if not (full / "results.json").is_file():
-        train(full, [])
-    for stage in ("sft_long", "opd"):
-        figures[f"full, {stage}"] = whole = points(full / stage)
-        for name, (_, runs) in ((name, run) for name, run in ABLATIONS.items() if run[0] == stage):
-            directory = full.with_name(name.strip("- ").replace(" ", "_"))
-            for flags in runs:
-                done = f"{stage if flags is runs[-1] else 'sft_short'}/config.json"
-                if not (directory / done).is_file():
-                    train(directory, [*flags.format(full=full).split(), "--data-dir", str(full / "data")])
-            without = points(directory / stage if runs else full / "rl")
-            figures[name] = {key: without[key] - whole[key] for key in FIGURES}
+        train(full)
+    for name, (stage, runs) in ABLATIONS.items():
+        whole = figures[f"full, {stage}"] = points(full / stage)
+        directory = full.with_name(name[2:].replace(" ", "_"))
+        for flags in runs:
+            done = f"{stage if flags is runs[-1] else 'sft_short'}/config.json"
+            if not (directory / done).is_file():
+                train(directory, *(flag.format(full=full) for flag in flags.split()), "--data-dir", full / "data")
+        without = points(directory / stage if runs else full / "rl")
+        figures[name] = {key: without[key] - whole[key] for key in FIGURES}
     return figures
 
 
 def bench_ablation(args):
     """Each part of the recipe left out, over seeds: each with data, questions and a test of its own."""
-    out, rows = Path(args.out or "runs/ablation"), []
+    out, rows, lines = Path(args.out or "runs/ablation"), [], []
+    made = out / "recipe.txt"
+    if made.is_file():
+        need(made.read_text() == args.recipe, f"{out}: has runs with --recipe={made.read_text()!r}; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    made.write_text(args.recipe)
     runs = [ablation_scores(out, seed, args.recipe.split()) for seed in range(args.seeds)]
     for name in runs[0]:
-        row = {"name": name, "paper": PAPER.get(name)}
+        row, line = {"name": name, "paper": PAPER.get(name)}, [name]
         for key in FIGURES:
-            values = np.array([run[name][key] for run in runs])
-            half = T95[min(len(values), 9) - 2] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-            row |= {"_".join(key): float(values.mean()), "_".join(key) + "_half": half and float(half)}
+            values, half = np.array([run[name][key] for run in runs]), None
+            if len(values) > 1:
+                half = float(T95[min(len(values), 9) - 2] * values.std(ddof=1) / len(values) ** 0.5)
+            row |= {"_".join(key): float(values.mean()), "_".join(key) + "_half": half}
+            sign = "" if name.startswith("full") else "+"
+            line.append(f"{values.mean():{sign}.1f}" + (f" ± {half:.1f}" if half is not None else ""))
         rows.append(row)
-    keys = ["_".join(key) for key in FIGURES]
-    lines = [[row["name"], *(f"{row[key]:{'.1f' if row['name'].startswith('full') else '+.1f'}}" + (
-        f" ± {row[key + '_half']:.1f}" if row[key + "_half"] is not None else "") for key in keys),
-        "" if row["paper"] is None else f"{row['paper']:+.1f}"] for row in rows]
+        lines.append([*line, f"{PAPER[name]:+.1f}" if name in PAPER else ""])
     print(f"points; what is left out: the difference to the full recipe; ± 95 %, {len(runs)} seeds, Student's t\n\n"
           + table(["", *(f"{length} {task}" for length, task in FIGURES), "the paper, long"], lines))
     return {"env": {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}, "rows": rows}
@@ -1629,7 +1624,7 @@ def report_line(run):
 
 def run_data(args):
     directory, rows = iv3.find_model(args.model), pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
-    model, processor = open_model(directory)
+    model, processor = iv3.open_model(directory)
     log = args.out and SampleLog(args.out, settings_of(args, rows, model, directory), args.resume)
     result = score_data(args, rows, model, processor, directory, log)
     if log:
@@ -1659,7 +1654,7 @@ def score_data(args, rows, model, processor, directory, log):
         agents[f"no {name}" if name else "full"] = evaluate_agent(
             model, processor, rows, root, args.facts, seed=args.seed, log=None if name else log,
             without=[name] if name else (), direct=direct)
-    print_table({"agent": agents["full"]})
+    print(render({"agent": agents["full"]}))
     print(f"\n{render_agents(agents)}")
     result = {"agent": agents.pop("full"), "ablations": agents}
     return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
@@ -1704,24 +1699,23 @@ def main():
     add("--attention-only", action="store_true", help="decode: time one attention layer, not the whole decoder")
     add("--steps", type=int, default=20, help="decode: timed tokens per kind; agent-cache: steps of the "
         "rollout (default 20)")
-    add("--seeds", type=int, default=3, help="ablation: how many seeds, 0, 1, … (default 3)")
+    add("--seeds", type=int, default=3, help="ablation: how many seeds, 0, 1, …, not --seed (default 3)")
     add("--recipe", default="", metavar="FLAGS", help="ablation: flags for every run of train.py, as one argument: "
         "--recipe='--steps 2000' is a longer form, for a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
     given = [name for name in ("data", "bench", "compare", "report") if getattr(args, name)]
-    if len(given) != 1:
-        raise UserError(f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
+    need(len(given) == 1,
+         f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
     need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
-    need(not args.out or args.data or args.bench == "ablation", "--out: goes with --data; a bench writes --json F")
+    need(not args.out or args.data or args.bench == "ablation",
+         "--out: goes with --data or --bench ablation; other benches write --json F")
     for name in ("jobs", "limit", "batch", "max_new", "layers", "steps", "first", "new", "seeds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: its directory does not exist")
-    if not args.data and args.jobs > 1:
-        raise UserError("--jobs shares the rows of --data; a bench runs in one process")
+        value = getattr(args, name)
+        need(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
+    need(not args.json or Path(args.json).resolve().parent.is_dir(), f"--json {args.json}: there is no such directory")
+    need(args.data or args.jobs == 1, "--jobs shares the rows of --data; a bench runs in one process")
     if args.report:
         return print(f"{write_report(args.report)} and report.md written")
     if args.compare:

@@ -767,6 +767,7 @@ def row_rules(row):
         yield isinstance(row.get(name), kind), f"field '{name}' must be a {kind.__name__}"
     for name in ("groups", "preset"):
         yield isinstance(row.get(name, {}), dict), f"field '{name}' must be an object"
+    yield isinstance(row.get("duration", 0), (int, float)), "field 'duration' must be a number of seconds"
     yield row["task"] in TASKS, f"field 'task' is {row['task']!r}: use one of {', '.join(TASKS)}"
     for i, message in enumerate(row["messages"]):
         where, roles = f"field 'messages[{i}]':", ("system", "user", "assistant", "tool")
@@ -936,6 +937,11 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     for name, want in lacking.items():
         raise UserError(f"{path.parent}: tensor {name} is absent, the config needs {want}")
     return model.eval(), Processor(tokenizer, cfg)
+
+
+def open_model(directory):
+    """load_model to answer with: in bf16 on a GPU, if there is one."""
+    return load_model(directory, "cuda", torch.bfloat16) if torch.cuda.is_available() else load_model(directory)
 
 
 PATCH_EMBED = "visual.patch_embed.proj.weight"   # Hugging Face: Conv3d (D, 3, 2, p, p); ours: Linear (D, 3·2·p·p)
@@ -1111,8 +1117,7 @@ def main():
         return
     if args.question is None:
         parser.error("the following arguments are required: video, question")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_model(find_model(args.model), device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model, processor = open_model(find_model(args.model))
     video = {"type": "video", "video": str(Path(args.video).resolve()), "start": args.start, "end": args.end,
              "fps": args.fps, "max_frames": args.max_frames}
     messages = [{"role": "user", "content": [video, {"type": "text", "text": args.question}]}]

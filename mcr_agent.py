@@ -48,7 +48,7 @@ import av
 import numpy as np
 import torch
 
-from iv3 import (SPECIALS, find_model, load_model, need, probe, read_json, read_video, run_cli, sample_times,
+from iv3 import (SPECIALS, find_model, need, open_model, probe, read_json, read_video, run_cli, sample_times,
                  sample_token, write_atomic)
 from m2la import UserError
 
@@ -242,17 +242,16 @@ class RemoteModel:
         tokens = sum(len(p["text"]) // 4 + 1 if p["type"] == "text" else 256 for p in parts)
         return {"role": "user" if role == "tool" else role, "content": parts}, tokens
 
-    def request(self, messages, max_new, deadline=math.inf):
+    def request(self, messages, max_new, deadline=math.inf, **sampling):
         turns = []
         for m in messages:                           # user turns in a row become one: some servers want no two in a row
             if turns and turns[-1]["role"] == m["role"]:
                 m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
             turns.append(m)
         turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
-        body = json.dumps({"model": self.name, "messages": turns, "max_tokens": max_new, "seed": self.seed,
-                           "temperature": self.temperature}).encode()
+        body = {"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0, **sampling}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url, body, headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
 
         def read():
             with urllib.request.build_opener(NoRedirects).open(request, timeout=self.timeout) as reply:
@@ -272,7 +271,8 @@ class RemoteModel:
         return True
 
     def generate(self, max_new, stop=(), opening="", first="", deadline=math.inf):
-        text = self.request(self.messages, max_new, deadline)
+        sampling = {"temperature": self.temperature, "seed": self.seed} if self.temperature else {}
+        text = self.request(self.messages, max_new, deadline, **sampling)
         turn, tokens = self.convert({"role": "assistant", "content": text or "(nothing)"})
         self.messages.append(turn)
         self.tokens += tokens
@@ -762,7 +762,7 @@ def claim_of(question, answer, thought):
     saw = re.match(r"(\w+) (\w+) moving ", thought)
     colour, shape = saw.groups() if saw else ("", "shape")
     thing = {"What colour": f"{answer} {shape}", "Which shape": f"{colour} {answer.removeprefix('a ')}",
-             "Which way": answer.replace("shape", f"{colour} {shape}".strip())}.get(toy[1], answer)
+             "Which way": f"{colour} {shape} moving {answer}"}.get(toy[1], answer)
     return f"at {toy[2]} seconds there is a {thing.strip()}."
 
 
@@ -1184,10 +1184,9 @@ def main():
             live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
             asked = live
         else:
-            device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
             directory = find_model(args.model)
-            loaded = load_model(directory, device, dtype)
-            live, asked = (LiveModel(*loaded, tokens, **sampling) for tokens in (budget.tokens, 1))
+            loaded = open_model(directory)
+            live, asked = LiveModel(*loaded, budget.tokens, **sampling), LiveModel(*loaded, 1)
         if args.trace:
             Path(args.trace).write_text("")
 

@@ -33,7 +33,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")            # before torch: threads that spin starve other processes
 
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -47,13 +46,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import eval as evaluation
-from eval import gather, once, rank, world
+from eval import command, gather, once, rank, world
 from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
                  load_model, load_rows, need, read_json, run_cli, save_model, takes_muon, write_atomic)
 from m2la import Blocks, Calibration, convert_layers
 
 HERE = Path(__file__).parent
-CURATED = 24                                 # long toy videos that SFT long asks about from its model's own captions
+CURATED = "curated/curated.jsonl"            # questions that the model itself makes, see `curate`
 
 
 # ----------------------------------------------------------------------------------------------------------- recipe
@@ -81,6 +80,7 @@ class Recipe:
     kl_form: str = "full"                    # OPD: "full" vocabulary | "sampled" tokens alone
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
+    max_frames: int = None                   # at most so many frames of a video; None: what the rows say
     pool: int = 2400                         # RL, OPD: prompts that the filter looks at
     replay: dict = field(default_factory=dict)    # OPD: file → packs a step of SFT data, trained beside: keeps the rest
 
@@ -94,7 +94,7 @@ TINY = {
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
                          "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
                         reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.25, "curated/curated.jsonl": 0.05, "sft_agent.jsonl": 0.4,
+    "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.05, "sft_agent.jsonl": 0.4,
                         "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=160, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
@@ -224,8 +224,7 @@ class Data:
             groups = defaultdict(list)
             for row in load_rows(path):
                 if max_frames:
-                    row = evaluation.edit_videos(row, lambda item: {
-                        **item, "max_frames": min(max_frames, item.get("max_frames", max_frames)), "pairs": True})
+                    row = evaluation.edit_videos(row, lambda item: capped(item, max_frames))
                 media = first_media(row)
                 groups[json.dumps(media) if media else len(groups) // 8].append(row)     # text alone: any 8 together
             self.groups.append((path.parent, list(groups.values())))
@@ -262,13 +261,15 @@ class Data:
 
     @staticmethod
     def share(drawn):
-        """This process's part of a step: the longest pack first, each to the process that has least to do so far."""
+        """This process's part of a step: of several, the longest pack first, each to who has least to do so far."""
+        if world() == 1:
+            return drawn
         costs = [sum(len(str(row["messages"])) for row in rows) + 4 * rows[0].get("duration", 0) for rows, _ in drawn]
         loads, parts = [0] * world(), [[] for _ in range(world())]
-        for i in sorted(range(len(drawn)), key=lambda i: -costs[i]):
+        for cost, pack in sorted(zip(costs, drawn), key=lambda pair: -pair[0]):
             least = loads.index(min(loads))
-            loads[least] += costs[i] + 1
-            parts[least].append(drawn[i])
+            loads[least] += cost
+            parts[least].append(pack)
         return parts[rank()]
 
     def encode(self, rows, root, **options):
@@ -294,6 +295,11 @@ class Data:
         if not packs and world() == 1:                                # of several processes, one may have bad luck
             raise UserError(f"no readable video in step {step}: {next(iter(self.skipped))}")
         return micro_batches(packs, recipe.tokens)
+
+
+def capped(item, most):
+    """A video item with at most so many frames, in pairs half a second apart."""
+    return item if item.get("max_frames", math.inf) <= most else {**item, "max_frames": most, "pairs": True}
 
 
 def first_media(row):
@@ -491,7 +497,7 @@ class Trainer:
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
         self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage)
-        self.settings = repr((recipe, args.seed, str(inherits), args.freeze, args.max_frames))   # of a resumed run too
+        self.settings = repr((recipe, args.seed, str(inherits), args.freeze))      # a resumed run must have the same
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),
@@ -935,16 +941,16 @@ def chunked(items, size):
 def recipe_of(stage, args, parameters):
     """The stage's recipe with the command's overrides, for a model of so many parameters."""
     recipe, changes = TINY[stage], dict(LARGE[stage]) if parameters > 1e8 else {}
-    flags = ("steps", "lr", "muon", "packs", "branches", "tokens")
+    flags = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames")
     changes |= {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.kl:
         changes["kl_form"] = args.kl
     if args.data:
         changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
-    for name in args.without:
-        need(name in recipe.mix, f"--without {name}: {stage} has {', '.join(recipe.mix)}")
-        changes["mix"] = {k: share for k, share in changes.get("mix", recipe.mix).items() if k != name}
-        need(changes["mix"], "--without: leaves no data")
+    if args.without:
+        changes["mix"] = {name: share for name, share in recipe.mix.items() if name not in args.without}
+        need(changes["mix"] and set(args.without) <= set(recipe.mix),
+             f"--without {' '.join(args.without)}: {stage} has {', '.join(recipe.mix)}, and needs one of them")
     return replace(recipe, **changes)
 
 
@@ -966,7 +972,8 @@ def start_of(stage, args):
 
 def data_of(stage, recipe, model, processor, args):
     """The stage's own data."""
-    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps, args.max_frames)
+    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps,
+                recipe.max_frames)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         data.only(("mcq", "grounding"))
     return data
@@ -988,6 +995,8 @@ def show_samples(stage, args):
         with torch.device("meta"):
             model = build_model(processor.cfg, processor.tokenizer)
     args.fsdp, recipe = False, recipe_of(stage, args, sum(p.numel() for p in model.parameters()))
+    if not (args.data_dir / CURATED).is_file():          # the stage makes it when it is run
+        recipe = replace(recipe, mix={name: share for name, share in recipe.mix.items() if name != CURATED})
     trainer = Trainer(model, processor, recipe, stage, args, start)
     data, left = data_of(stage, recipe, model, processor, args), args.show_sample
     group = recipe.group if stage == "rl" else 1
@@ -1053,7 +1062,7 @@ def run_stage(stage, args):
     recipe = recipe_of(stage, args, size)
     print(f"{stage}: starts from {start} ({model.cfg.attn}, {size / 1e6:.2f} M parameters)")
 
-    if stage == "sft_long" and not args.data:
+    if CURATED in recipe.mix:
         once(lambda: curate(start, args))
     stage_data = data_of(stage, recipe, model, processor, args)
     held = held_out(args, stage_data) if stage == "cpt" else []
@@ -1070,7 +1079,8 @@ def run_stage(stage, args):
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, model.vision_ids, args.seed, "replay")
+        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, model.vision_ids, args.seed, "replay",
+                                        max_frames=recipe.max_frames)
         train_opd(trainer, stage_data, teacher, replay, args.teacher_device)
     else:
         train_supervised(trainer, stage_data)
@@ -1117,19 +1127,21 @@ def convert_stage(model, processor, args, start, data, held, before):
     once(leave)
 
 
-def command(script, *flags):
-    """Run another of our files: data/toy/prepare.py (real .mp4 files and JSONL), for one."""
-    alone = {k: v for k, v in os.environ.items() if k != "RANK"}         # it starts processes of its own
-    if code := subprocess.run([sys.executable, str(HERE / script), *map(str, flags)], env=alone).returncode:
-        sys.exit(code)                                                   # it has said why
+def curate(start, args, videos=24):
+    """The long-video data of §4.2.1: questions about some long toy videos, from captions by the model that starts."""
+    if not (args.data_dir / CURATED).is_file():
+        command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", (args.data_dir / CURATED).parent,
+                "--model", start, "--seed", args.seed, "--limit", videos)
 
 
-def curate(start, args):
-    """The long-video data of §4.2.1, questions about the first long clips from captions by the model itself."""
-    out = args.data_dir / "curated"
-    if not (out / "curated.jsonl").is_file():
-        command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", out, "--model", start,
-                "--seed", args.seed, "--limit", CURATED)
+def bench_decode(args):
+    """Decode times for the report, once; a run that cannot measure them is complete without."""
+    file = args.out / "decode.json"
+    if not file.is_file():
+        try:
+            command("eval.py", "--bench", "decode", "--contexts", "1024,4096,16384", "--json", file)
+        except SystemExit:
+            print(f"no {file}: the report goes without decode times")
 
 
 def copy_shipped(out):
@@ -1175,15 +1187,14 @@ def whole_recipe(args):
     agent_file = args.out / "opd" / "agent.json"
     if not agent_file.is_file():
         rows = load_rows(args.data_dir / "test_agent.jsonl")
-        agent = evaluation.evaluate_agent(*load_model(args.out / "opd"), rows, args.data_dir, seed=args.seed)
+        loaded = load_model(args.out / "opd", args.device)
+        agent = evaluation.evaluate_agent(*loaded, rows, args.data_dir, seed=args.seed)
         once(lambda: write_atomic(agent_file, lambda p: p.write_text(json.dumps(agent))))
     results = assemble(scores, json.loads((args.out / "opd" / "kept.json").read_text())["kinds"], args)
     results["agent"] = json.loads(agent_file.read_text())
     once(lambda: evaluation.write_results(results, args.out))
-    evaluation.print_table(results)
-    if not (args.out / "decode.json").is_file():
-        once(lambda: command("eval.py", "--bench", "decode", "--contexts", "1024,4096,16384", "--json",
-                             args.out / "decode.json"))
+    print(evaluation.render(results))
+    once(lambda: bench_decode(args))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
     once(lambda: print(evaluation.report_line(args.out)))
@@ -1259,7 +1270,7 @@ def main():
     args = parser.parse_args()
     for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed",
                  "show_sample", "eval_every", "max_frames"):
-        least = 0 if name in ("muon", "workers", "save_every", "seed", "eval_every") else 1
+        least = 0 if name in ("muon", "workers", "save_every", "seed", "eval_every") else 1 + (name == "max_frames")
         value = getattr(args, name)
         need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
     need(args.lr is None or 0 < args.lr < 1, f"--lr {args.lr}: must be between 0 and 1")
@@ -1274,6 +1285,7 @@ def main():
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     stage = f"sft_{args.phase}" if args.stage == "sft" else args.stage
+    need(not args.without or stage and not args.data, "--without: leaves files out of a --stage's own mix, not --data")
     need(args.eval_every or stage == "cpt" or not args.val, "--val: is for --stage cpt and for --eval-every N")
     if args.show_sample:
         need(stage, "--show-sample: needs --stage")

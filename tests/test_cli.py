@@ -140,6 +140,8 @@ MISTAKES = [
     (["train.py", "--teacher-device", "cuda:99"], "--teacher-device cuda:99"),
     (["train.py", "--val", "bad.jsonl"], "--val: is for --stage cpt and for --eval-every"),
     (["train.py", "--stage", "cpt", "--eval-every", "1", *TRAIN, "--data-dir", "empty"], "empty/val.jsonl: no such"),
+    (["train.py", "--without", "sft_long.jsonl"], "--without: leaves files out of a --stage"),
+    (["train.py", "--max-frames", "1"], "--max-frames 1: must be at least 2"),
     (["train.py", "--stage", "rl", "--fsdp"], "--fsdp: for --stage cpt or sft"),
     (["train.py", "--stage", "cpt", "--fsdp", *TRAIN], "--fsdp: needs several processes"),
     (["data/toy/prepare.py", "--out", "empty/d", "--scale", "0"], "--scale 0"),
@@ -322,6 +324,9 @@ def test_the_whole_recipe_from_one_command(command, world):
     for evidence in ("unseen", "seen"):
         assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
     assert out.endswith("whole/report.html and report.md written\n")
+    assert len(json.loads((world / "whole" / "decode.json").read_text())["rows"]) == 3
+    asked = {json.loads(line)["clip"] for line in (world / "whole" / "data" / "curated" / "curated.jsonl").open()}
+    assert asked and all(re.fullmatch(r"\.\./clips/long/long_\d+\.mp4", clip) for clip in asked)
     assert (world / "whole" / "report.html").read_text().count("data:image/png") >= 5 * 6
     weights = (world / "whole" / "opd" / "weights.pt").read_bytes()
     code, again, err = command(world, *arguments)

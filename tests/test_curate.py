@@ -1,6 +1,7 @@
 """data/curate/prepare.py: questions from captions alone are right about the world that was captioned."""
 import importlib.util
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -70,6 +71,13 @@ def name_of(row):
 
 def question(row):
     return row["messages"][0]["content"][1]["text"].rpartition("\n")[2]
+
+
+def test_a_limit_keeps_to_the_first_videos(world, tmp_path):
+    script = Script(world)
+    curate.curate(world[0], tmp_path, script, {}, limit=1)
+    assert {row["clip"] for row in load_rows(tmp_path / "curated.jsonl")} == {os.path.relpath(
+        world[0] / min(script.clips), tmp_path)} and set(script.seen) == {min(script.clips)}
 
 
 def test_rows_fit_the_schema_and_find_their_video(world, made):

@@ -604,7 +604,7 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
         return {task: {name + part: value for name in names for part in ("", "_n", "_ci")}
                 for task, names in blocks.items()}
 
-    def run(line):
+    def run(line, **_):
         monkeypatch.setattr(sys, "argv", line[1:])
         train.main()
         return SimpleNamespace(returncode=0)
@@ -630,6 +630,9 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
     before, first = (len(trained), len(scored)), capsys.readouterr().out
     command(monkeypatch, bench)
     assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
+    with pytest.raises(SystemExit):
+        command(monkeypatch, [*bench[:-1], "--steps 6 --jobs 1"])
+    assert "has runs with --recipe='--steps 5 --jobs 1'; give another --out" in capsys.readouterr().err
 
 
 # ---- the decode bench and the command -------------------------------------------------------------------------------

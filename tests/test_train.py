@@ -310,33 +310,32 @@ def test_packs_are_rows_about_one_video_in_the_shares_of_the_mix(toy, processor)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_a_step_evenly(processes, toy, processor, monkeypatch):
+def test_processes_share_a_step_evenly(processes, monkeypatch):
     """Together they have every pack once; the largest load is no more than one pack above the smallest."""
-    data = data_of(toy, processor, MIX)
-    whole, parts = data.step(3, 9, 4), []
+    packs, parts = [([{"messages": "x" * n}], ".") for n in (900, 10, 5) * 4], []
+    assert Data.share(packs) == packs
     monkeypatch.setattr(train, "world", lambda: processes)
     for number in range(processes):
         monkeypatch.setattr(train, "rank", lambda number=number: number)
-        parts.append(data.step(3, 9, 4))
-    assert sorted(str(pack) for part in parts for pack in part) == sorted(map(str, whole))
-    sizes = [[sum(len(str(row)) for row in rows) for rows, _ in part] for part in parts]
-    assert max(map(sum, sizes)) - min(map(sum, sizes)) < 1.2 * max(sum(sizes, []))
+        parts.append(Data.share(packs))
+    assert sorted(map(str, sum(parts, []))) == sorted(map(str, packs))
+    loads = [sum(len(row["messages"]) for rows, _ in part for row in rows) for part in parts]
+    assert max(loads) - min(loads) <= 900 and (processes == 3 or max(loads) - min(loads) < 30)     # not by strides
 
 
 def test_max_frames_caps_each_video_of_the_stage(toy, processor):
-    few, all_ = (train.Data(toy, MIX, processor, (5, 6), 0, "sft_long", 1, most) for most in (8, None))
-    rows, root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
-    counts = [data.encode([row for _, groups in data.groups for group in groups for row in group
-                           if row["id"] == rows[0]["id"]], root)[0].frames for data in (few, all_)]
-    assert counts == [8, 2 * int(rows[0]["duration"])]
+    few, whole = (train.Data(toy, MIX, processor, (5, 6), 0, "sft_long", 1, most) for most in (8, None))
+    (row, *_), root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
+    same, = (r for _, groups in whole.groups for rows in groups for r in rows if r["id"] == row["id"])
+    assert [processor.encode(r["messages"], root).frames for r in (row, same)] == [8, 2 * int(row["duration"])]
 
 
 def test_without_leaves_files_out_of_the_mix():
-    args = SimpleNamespace(**dict.fromkeys(("steps", "lr", "muon", "packs", "branches", "tokens", "kl", "data")),
-                           without=["sft_long.jsonl"])
+    flags = "steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "kl", "data"
+    args = SimpleNamespace(**dict.fromkeys(flags), without=["sft_long.jsonl"])
     left = train.recipe_of("sft_long", args, 10 ** 6).mix
     assert left == {name: share for name, share in train.TINY["sft_long"].mix.items() if name != "sft_long.jsonl"}
-    with pytest.raises(UserError, match="--without sft_long.jsonl: cpt has cpt_text.jsonl"):
+    with pytest.raises(UserError, match="--without sft_long.jsonl: cpt has cpt_text.jsonl, cpt_image.jsonl"):
         train.recipe_of("cpt", args, 10 ** 6)
 
 
@@ -365,7 +364,7 @@ def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
 
 def arguments(out, **changes):
     flags = dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0, eval_every=0, checkpointing=False,
-                 fsdp=False, max_frames=None)
+                 fsdp=False)
     return SimpleNamespace(**{**flags, **changes})
 
 

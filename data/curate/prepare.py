@@ -23,9 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
-import torch
-
-from iv3 import MediaError, find_model, load_model, need, read_json, run_cli, write_atomic
+from iv3 import MediaError, find_model, need, open_model, read_json, run_cli, write_atomic
 from mcr_agent import PROMPT, LiveModel, alike, caption_clips, captioner, merge, narrative, words
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".ts"}
@@ -50,8 +48,7 @@ class ModelCaptioner:
 
     def __call__(self, video, start, end):
         if self.caption is None:
-            device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-            self.caption = captioner(LiveModel(*load_model(self.directory, device, dtype), capacity=1), self.prompt)
+            self.caption = captioner(LiveModel(*open_model(self.directory), capacity=1), self.prompt)
         return self.caption(video, start, end)
 
 

@@ -27,7 +27,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 4  # raise it when the same settings give other data: older folders are then refused, not mixed
+VERSION = 5  # raise it when the same settings give other data: older folders are then refused, not mixed
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
@@ -46,7 +46,6 @@ FPS, SIZE, BORDER = 4, 32, 3  # frames a second in the file, pixels, width of a 
 COARSE, DIRECT = 24, 48  # frames that the agent sees first; frames of its whole budget, for direct answering
 MCQ = ["colour", "shape", "direction", "what", "order", "count"]
 UNSEEN = ["brief", "speech", "fact"]  # kinds whose evidence the coarse pass does not show
-PHRASES = {"shape": "a {}", "direction": "shape moving {}"}  # as in captions, where the base learned to say them
 SEEN = ["colour", "shape", "direction", "what"]  # asked at a time that the coarse pass does show
 
 TEXT = dict(
@@ -298,9 +297,8 @@ class Asker:
             name = "object" if kind == "what" else kind
             right, wrong = getattr(here, name), [getattr(s, name) for s in clip.scenes]
             fill = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "what": ()}[kind]
-            if kind in PHRASES:
-                right, *rest = (PHRASES[kind].format(word) for word in (right, *wrong, *fill))
-                wrong, fill = rest[:len(wrong)], rest[len(wrong):]
+            if kind == "shape":  # "a ring": then the piece is " ring", as in every caption, and not the rare "ring"
+                right, wrong, fill = f"a {right}", [f"a {w}" for w in wrong], [f"a {f}" for f in fill]
         options = pick(rng, sorted(set(wrong) - {right}), 3)
         options += pick(rng, [f for f in fill if f not in [right, *options]], 3 - len(options))
         options.insert(place, right)
@@ -309,10 +307,14 @@ class Asker:
         text += "\n" + tell(kind, t=t, a=a, b=(a or 0) + 6, shape=shape)
         return text, right, {"answer": "ABCD"[place], "options": options}
 
+    def reply(self, kind, t, right):
+        """The right option; a direction behind what moves, as in captions, where the base has learned to say it."""
+        return f"{self.clip.scene(t).object} moving {right}" if kind == "direction" else right
+
     def mcq(self, kinds):
         for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
-            text, reply, more = self.question(kind, t)
-            yield make("mcq", kind, self.video(), text, reply, **more)
+            text, right, more = self.question(kind, t)
+            yield make("mcq", kind, self.video(), text, self.reply(kind, t, right), **more)
 
     def grounding(self, n):
         for s in pick(self.rng, self.clip.scenes, n):
@@ -375,8 +377,8 @@ class Asker:
     def open(self, kinds):
         """Questions without options, answered by the word: nothing can be guessed, so looking is learned sooner."""
         for kind, t in zip(kinds, 2 * pick(self.rng, self.clip.seconds(), len(kinds))):
-            text, reply, _ = self.question(kind, t)
-            yield make("caption", "open", self.video(), text.rpartition("\n")[2], reply)
+            text, right, _ = self.question(kind, t)
+            yield make("caption", "open", self.video(), text.rpartition("\n")[2], self.reply(kind, t, right))
 
     def agent(self, kinds, exam=False):
         """Agent questions. For training: the oracle's rollout of each and, beside it, the question asked
@@ -404,7 +406,7 @@ class Asker:
             turns = self.setback(self.oracle(kind, t if a is None else a, reply, found))
             row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0], *turns]
             yield row
-            yield make("mcq", kind, self.video(max_frames=DIRECT, pairs=True), text, reply, **more)
+            yield make("mcq", kind, self.video(max_frames=DIRECT, pairs=True), text, self.reply(kind, t, reply), **more)
 
     def oracle(self, kind, t, reply, found):
         """What a good agent does: choose a route, get the evidence in one or two calls, answer, cite it."""

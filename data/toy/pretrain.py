@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 
-from eval import gather, join_processes
+from eval import command, gather, join_processes
 from iv3 import Config, Processor, Tokenizer, build_model, load_model, run_cli
 from train import Data, Recipe, Trainer, train_supervised
 
@@ -143,12 +142,9 @@ def main():
     parser.add_argument("--jobs", type=int, help="processes that share each step (default: the cores, at most 4)")
     args = parser.parse_args()
     data_dir = args.out / "pretraining"
-    prepare = [sys.executable, Path(__file__).with_name("prepare.py"), "--out", data_dir, "--seed", args.seed,
-               "--scale", args.scale, "--pretrain", args.clips]
-    if code := subprocess.run(list(map(str, prepare))).returncode:
-        sys.exit(code)                                       # it has said why
-    vars(args).update(device="cpu", freeze=[], workers=0, save_every=20, eval_every=0, checkpointing=False, fsdp=False,
-                      max_frames=None)
+    command("data/toy/prepare.py", "--out", data_dir, "--seed", args.seed, "--scale", args.scale, "--pretrain",
+            args.clips)
+    vars(args).update(device="cpu", freeze=[], workers=0, save_every=20, eval_every=0, checkpointing=False, fsdp=False)
     join_processes(args.jobs or min(4, os.cpu_count()))
     previous = None
     for stage, recipe in RECIPES.items():
