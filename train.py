@@ -91,11 +91,11 @@ CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
-    "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "cpt_text.jsonl": 0.1,
-                         "cpt_image.jsonl": 0.05}, steps=300, lr=1e-3, lr_min=1e-4, muon=0.01, warmup=0.1, branches=12,
-                        reduction="square"),
-    "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.05, "sft_agent.jsonl": 0.4,
-                        "sft_short.jsonl": 0.25, "cpt_text.jsonl": 0.05}, steps=160, lr=1e-3, lr_min=5e-5, muon=0.01,
+    "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "sft_plan.jsonl": 0.05,
+                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=360, lr=1e-3, lr_min=1e-4, muon=0.01,
+                        warmup=0.1, branches=12, reduction="square"),
+    "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.42, "sft_plan.jsonl": 0.05,
+                        "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  pool=5100),

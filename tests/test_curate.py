@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_prepare", ROOT / "data" / name / "prepare.py")
-    module = sys.modules[f"{name}_prepare"] = importlib.util.module_from_spec(spec)
+    own = f"{name}_prepare_of_curate"                 # test_toy has a module of the same file, by another name
+    spec = importlib.util.spec_from_file_location(own, ROOT / "data" / name / "prepare.py")
+    module = sys.modules[own] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -154,7 +154,7 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 # ---- rows ----
 def test_schema(world, rows):
     assert set(rows) == {"pretrain", "glimpses", "near", "wide", "cpt_text", "cpt_image", "cpt_video", "sft_short",
-                         "sft_long", "sft_agent", "rl", "opd", "val", "test_short", "test_long", "test_agent"}
+                         "sft_long", "sft_agent", "sft_plan", "rl", "opd", "val", "test_short", "test_long", "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
     for row in all_rows:
@@ -165,7 +165,11 @@ def test_schema(world, rows):
                 assert part["type"] == "text" or (world / part[part["type"]]).is_file()
         if row["task"] == "mcq":
             reply = row["options"]["ABCD".index(row["answer"])]
-            assert row["messages"][-1]["content"] == reply and len(set(row["options"])) == 4
+            said = row["messages"][-1]["content"]
+            if row["kind"] == "direction":
+                moves, said = said.rsplit(" moving ", 1)
+                assert tuple(moves.split(" ")) in toy.PAIRS
+            assert said == reply and len(set(row["options"])) == 4
             assert question(row).split("\n")[1:-1] == [*map("{}. {}".format, "ABCD", row["options"])]
         if row["task"] == "grounding":
             assert 0 <= row["answer"][0] < row["answer"][1] <= row["duration"]

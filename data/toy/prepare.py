@@ -260,6 +260,12 @@ def make(task, kind, media, text, reply, answer=None, **more):
     return {"task": task, "kind": kind, "messages": messages, "answer": answer or reply, **more}
 
 
+def call(think, tool, **arguments):
+    """An agent's turn: what it thinks, and the call that it makes."""
+    text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
+    return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
+
+
 class Asker:
     """Makes rows about one clip. The right option goes round A B C D within each kind, over all clips."""
 
@@ -412,10 +418,6 @@ class Asker:
         """What a good agent does: choose a route, get the evidence in one or two calls, answer, cite it."""
         scene, word = self.clip.scene(t), reply.split()[0]
 
-        def call(think, tool, **arguments):
-            text = "<tool_call>\n" + json.dumps({"name": tool, "arguments": arguments}) + "\n</tool_call>"
-            return {"role": "assistant", "content": f"<think>{think}</think>\n{text}"}
-
         def look(think, t):  # a moment, two seconds, is named by its start alone
             end = min(t + 2, self.clip.duration)
             seen = [self.video(start=t, end=end, fps=2), {"type": "text", "text": tell("view", a=t, b=end)}]
@@ -472,6 +474,19 @@ def text_row(rng):
                 facts[asked]["food" if kind == "eats" else "place"])
 
 
+def plan_row(rng):
+    """Reading: an agent's first turn alone, without a video. The time that it has to copy from the question into its
+    thought and its call is what the tiny model learns last of all, or not at all, where rollouts alone teach it."""
+    kind, t = pick(rng, [*UNSEEN, *SEEN]), int(rng.integers(2, 118))
+    words = {"colour": COLOURS, "shape": [f"a {s}" for s in SHAPES], "direction": DIRECTIONS, "brief": FLASHES,
+             "speech": WORDS, "fact": FOODS, "what": [f"{c} {s}" for c, s in PAIRS]}[kind]
+    text = "".join(map("\n{}. {}".format, "ABCD", pick(rng, words, 4))) + "\n" + tell(kind, t=t, a=t, b=t + 6)
+    turn = call(tell(f"think_{kind if kind in UNSEEN else 'seen'}", t=t, a=t), "asr" if kind == "speech" else "view",
+                start=t)
+    row = make("text", "plan", None, text, turn["content"])
+    return {**row, "messages": [{"role": "system", "content": TEXT["system"]}, *row["messages"]]}
+
+
 def image_row(rng, out, path):
     scene = Scene(0, 1, *pick(rng, PAIRS), pick(rng, DIRECTIONS), pick(rng, BACKGROUNDS))
     write_media(out / path, rng, draw_scene(rng, scene, 1), "image2pipe", "png", "rgb24", {})
@@ -508,7 +523,7 @@ SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of th
     "long": ("long", "long", 280, ["sft_long", "sft_agent"]), "rl": ("rl", "short", 100, ["rl", "opd"]),
     "rl_long": ("rl", "long", 360, ["rl", "opd"]), "val": ("val", "short", 40, ["val"]),
     "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
-TEXTS, IMAGES = 600, 1100  # rows of cpt_text and cpt_image
+TEXTS, IMAGES, PLANS = 600, 1100, 1600  # rows of cpt_text, cpt_image and sft_plan
 
 
 def rows_of(split, ask, i):
@@ -596,7 +611,8 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
             for name, rows in zip(SPLITS[split][3], parts):
                 files[name] += rows
     makers = (("cpt_text", TEXTS, lambda rng, i: text_row(rng)),
-              ("cpt_image", IMAGES, lambda rng, i: image_row(rng, out, f"images/{i:05d}.png")))
+              ("cpt_image", IMAGES, lambda rng, i: image_row(rng, out, f"images/{i:05d}.png")),
+              ("sft_plan", PLANS, lambda rng, i: plan_row(rng)))
     for k, (name, count, make_row) in enumerate(makers):
         files[name] = [{"id": f"{name}-{i:05d}", **make_row(np.random.default_rng([seed, 100 + k, i]), i)}
                        for i in range(round(count * scale))]
