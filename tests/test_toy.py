@@ -154,7 +154,8 @@ def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 # ---- rows ----
 def test_schema(world, rows):
     assert set(rows) == {"pretrain", "glimpses", "near", "wide", "cpt_text", "cpt_image", "cpt_video", "sft_short",
-                         "sft_long", "sft_agent", "sft_plan", "rl", "opd", "val", "test_short", "test_long", "test_agent"}
+                         "sft_long", "sft_agent", "sft_plan", "rl", "opd", "val", "test_short", "test_long",
+                         "test_agent"}
     all_rows = every(rows)
     assert len({r["id"] for r in all_rows}) == len(all_rows)
     for row in all_rows:
@@ -281,6 +282,24 @@ def test_scenes_are_cut_where_grounding_says(world, rows):
             assert cut in (0, row["duration"]) or cut in cuts
         at = int(row["answer"][0] * 4) + 2
         assert (np.abs(pixels[at] - np.array(toy.COLOURS[colour])).max(-1) < 45).sum() > 10
+
+
+def test_plans_copy_the_time_of_their_question(rows):
+    """A row is what a rollout begins with; all kinds are there, with times up to two minutes."""
+    kinds, times = Counter(), []
+    for row in rows["sft_plan"]:
+        system, user, turn = (m["content"] for m in row["messages"])
+        t, = {int(x) for x in re.findall(r"\d+", user.splitlines()[-1])[:1]}
+        thought, called = turn.removeprefix("<think>").removesuffix("\n</tool_call>").split("</think>\n<tool_call>\n")
+        called = json.loads(called)
+        assert called == {"name": "asr" if "said" in user else "view", "arguments": {"start": t}}
+        assert re.findall(r"\d+", thought) == [str(t)] and user.startswith("\nA. ")
+        first = next(m["content"] for r in rows["sft_agent"] if r["kind"] != "verify"
+                     for m in r["messages"] if m["role"] == "assistant" and m["content"].startswith(turn.split(":")[0]))
+        assert re.sub(r"\d+", "0", first) == re.sub(r"\d+", "0", turn) and system == toy.TEXT["system"]
+        kinds[thought.split(" ")[0]] += 1
+        times.append(t)
+    assert set(kinds) == {"fine-grained:", "speech:", "knowledge:", "temporal:"} and max(times) > 90
 
 
 def test_agent_evidence(world, rows):
