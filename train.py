@@ -1193,8 +1193,8 @@ def whole_recipe(args):
     results = assemble(scores, json.loads((args.out / "opd" / "kept.json").read_text())["kinds"], args)
     results["agent"] = json.loads(agent_file.read_text())
     once(lambda: evaluation.write_results(results, args.out))
-    print(evaluation.render(results))
     once(lambda: bench_decode(args))
+    print(evaluation.render(results))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
     once(lambda: print(evaluation.report_line(args.out)))

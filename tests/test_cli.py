@@ -310,7 +310,7 @@ def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
 
 def test_the_whole_recipe_from_one_command(command, world):
     """Data, conversion, four stages, agent and table, at the smallest scale; a second call only prints the table."""
-    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 3, "--jobs", 2)
+    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 2, "--jobs", 2)
     code, out, err = command(world, *arguments)
     assert code == 0, err
     results = json.loads((world / "whole" / "results.json").read_text())

@@ -250,7 +250,7 @@ def test_texts_return_to_their_rows_after_sorting_by_length(world, monkeypatch):
     for n, row in enumerate(rows):
         row["messages"][0]["content"][1]["text"] = f"row {n}"
 
-    def echo(model, samples, stop, max_new, temperature, generator):
+    def echo(model, samples, stop, max_new):
         return [iv3.Generation(ids=sample.ids[-60:].tolist()) for sample in samples]
 
     monkeypatch.setattr(iv3, "generate", echo)

@@ -125,7 +125,8 @@ def test_what_stops_a_conversion(flags, named, command, world, tmp_path, monkeyp
 
 
 def test_a_large_model_gets_the_papers_rates():
-    args = SimpleNamespace(steps=5, lr=None, muon=None, packs=None, branches=None, tokens=None, data=None, kl=None)
+    flags = "lr", "muon", "packs", "branches", "tokens", "max_frames", "data", "kl", "without"
+    args = SimpleNamespace(**dict.fromkeys(flags), steps=5)
     small, large = (train.recipe_of("sft_short", args, n) for n in (2e6, 2e9))
     assert (large.lr, large.muon, large.steps) == (3e-5, 0, 5) and small.muon > 0
     args.lr = 1e-3

@@ -482,7 +482,7 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, tiny, tokenizer, processor, toy
     teacher.language_model.norm.weight.data.neg_()            # an untrained model repeats its last token; not this one
     iv3.save_model(tmp_path / "teacher", teacher, tokenizer)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(stage, whole, tiny, processor, toy, tmp_path / "teacher")
+    run(stage, whole, tiny, processor, toy, tmp_path / "teacher", steps=5)
     assert not (whole / stage / "state.pt").exists()
     save, update, calls = Trainer._save_state, Trainer.update, []
 
@@ -495,13 +495,13 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, tiny, tokenizer, processor, toy
         patch.setattr(Trainer, "update", dies)
         patch.setattr(Trainer, "_save_state", lambda self, step, *rest: save(self, step, *rest) if step == 2 else None)
         with pytest.raises(KeyboardInterrupt):
-            run(stage, killed, tiny, processor, toy, tmp_path / "teacher")
+            run(stage, killed, tiny, processor, toy, tmp_path / "teacher", steps=5)
     assert not (killed / stage / "config.json").exists()                     # an unfinished stage is no checkpoint
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == calls[-1]
-    run(stage, killed, tiny, processor, toy, tmp_path / "teacher")
-    assert f"{stage}: resuming at step 2 of 6" in capsys.readouterr().out
+    run(stage, killed, tiny, processor, toy, tmp_path / "teacher", steps=5)
+    assert f"{stage}: resuming at step 2 of 5" in capsys.readouterr().out
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert [json.loads(x)["step"] for x in (whole / "metrics.jsonl").open()] == list(range(6))
+    assert [json.loads(x)["step"] for x in (whole / "metrics.jsonl").open()] == list(range(5))
     first, second = (torch.load(out / stage / "weights.pt") for out in (whole, killed))
     start = random_model(tiny, tokenizer).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
