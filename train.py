@@ -1268,9 +1268,9 @@ def main():
     add("--fsdp", action="store_true", help="cpt, sft: spread weights, gradients, optimizer state over the processes")
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
-    for name in ("steps", "muon", "packs", "branches", "tokens", "jobs", "workers", "save_every", "seed",
-                 "show_sample", "eval_every", "max_frames"):
-        least = 0 if name in ("muon", "workers", "save_every", "seed", "eval_every") else 1 + (name == "max_frames")
+    at_least = {0: "muon workers save_every seed eval_every", 2: "max_frames",            # frames come in pairs
+                1: "steps packs branches tokens jobs show_sample"}
+    for least, name in ((least, name) for least, names in at_least.items() for name in names.split()):
         value = getattr(args, name)
         need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
     need(args.lr is None or 0 < args.lr < 1, f"--lr {args.lr}: must be between 0 and 1")

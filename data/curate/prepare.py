@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
+
 from iv3 import MediaError, find_model, need, open_model, read_json, run_cli, write_atomic
 from mcr_agent import PROMPT, LiveModel, alike, caption_clips, captioner, merge, narrative, words
 

@@ -276,9 +276,9 @@ class Asker:
         return {"type": "video", "video": self.clip.path, **how}
 
     def question(self, kind, t, a=None):
-        """-> text with the options, reply, {answer, options}. The reply is the option's text: 2 M parameters do not
-        learn which letter stands before it, and what cannot be learned is noise. Wrong options are of the clip, and
-        of the world only where the clip has too few."""
+        """-> text with the options, the right one, {answer, options}. Its text, not its letter, is the reply: 2 M
+        parameters do not learn which letter stands before it, and what cannot be learned is noise. Wrong options
+        are of the clip, and of the world only where the clip has too few."""
         rng, clip, fill, shape = self.rng, self.clip, (), None
         here = clip.scene(t)
         # index // 4: kinds go round as well, and in step with them a kind would keep to some of the letters
