@@ -102,6 +102,8 @@ TINY = {
     "opd": Recipe({"opd.jsonl": 1.0}, steps=210, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=12, pool=4400,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
+SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
+SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameters: small has 54 tokens a second
 # The paper's rates (§4; it names none for RL and OPD), for a model of more than 100 M parameters.
 LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0),
          "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0), "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4)),
@@ -940,7 +942,8 @@ def chunked(items, size):
 
 def recipe_of(stage, args, parameters):
     """The stage's recipe with the command's overrides, for a model of so many parameters."""
-    recipe, changes = TINY[stage], dict(LARGE[stage]) if parameters > 1e8 else {}
+    recipe = TINY[stage]
+    changes = dict(LARGE[stage] if parameters > 1e8 else SMALL if parameters > 1e7 else {})
     flags = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames")
     changes |= {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
     if args.kl:
@@ -1173,9 +1176,10 @@ def scores_of(stage, args):
 def whole_recipe(args):
     """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
     began = time.monotonic()
-    once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed, "--scale", args.scale))
+    once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed, "--scale", args.scale,
+                         "--side", SIDES[args.preset]))
     once(lambda: copy_shipped(args.out) if args.base == "shipped" else
-         command("data/toy/pretrain.py", "--out", args.out, "--seed", args.seed))
+         command("data/toy/pretrain.py", "--out", args.out, "--seed", args.seed, "--preset", args.preset))
     scores = {"base": scores_of("base", args)}
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
         if not (args.out / stage / "config.json").is_file():
@@ -1229,12 +1233,14 @@ def main():
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
     add("--attn", choices=["m2la", "gqa", "released"], default="m2la",
         help="attention; gqa: without conversion; released: the authors' linear layer, which save_hf can write")
-    add("--out", type=Path, default=Path("runs/tiny"), help="run directory: a directory per stage, metrics, results")
+    add("--out", type=Path, help="run directory: a directory per stage, metrics, results (default runs/PRESET)")
     add("--init", help="start from this checkpoint directory, ours or Hugging Face's, instead of the stage before in "
                        "--out")
     add("--teacher", help="opd: teacher's directory (default: --out/teacher)")
     add("--show-sample", type=int, metavar="N", help="print N packed samples of the stage, the loss mask marked; exit")
-    add("--base", choices=["shipped", "scratch"], default="shipped", help="where base and teacher come from")
+    add("--preset", choices=list(SIDES), default="tiny", help="size of the whole recipe: tiny, or small for one GPU "
+        "(frames of 224 pixels, 65 M parameters)")
+    add("--base", choices=["shipped", "scratch"], help="where base and teacher come from (default: shipped, of tiny)")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
     add("--without", nargs="+", default=(), metavar="F.jsonl", help="leave files out of the recipe's mix")
@@ -1281,6 +1287,9 @@ def main():
     for name in ("device", "teacher_device"):
         need(getattr(args, name) in (*devices, None), f"--{name.replace('_', '-')} {getattr(args, name)}: PyTorch sees "
              f"{', '.join(devices)} here")
+    args.base = args.base or ("shipped" if args.preset == "tiny" else "scratch")
+    need(args.base == "scratch" or args.preset == "tiny", "--base shipped: is of --preset tiny")
+    args.out = args.out or Path("runs") / args.preset
     args.data_dir = args.data_dir or args.out / "data"
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -128,6 +128,7 @@ def test_a_large_model_gets_the_papers_rates():
     flags = "lr", "muon", "packs", "branches", "tokens", "max_frames", "data", "kl", "without"
     args = SimpleNamespace(**dict.fromkeys(flags), steps=5)
     small, large = (train.recipe_of("sft_short", args, n) for n in (2e6, 2e9))
+    assert (small.tokens, train.recipe_of("rl", args, 6.5e7).tokens) == (1536, 16_384)          # tiny, small
     assert (large.lr, large.muon, large.steps) == (3e-5, 0, 5) and small.muon > 0
     args.lr = 1e-3
     assert train.recipe_of("rl", args, 2e9).lr == 1e-3

@@ -130,6 +130,17 @@ def test_finished_folder_is_left_alone_and_other_settings_are_refused(world, tmp
     assert not (tmp_path / "new").exists()
 
 
+def test_larger_frames_show_the_same_scenes():
+    """--side 64: averaged over 2×2 pixels, a clip is the clip of side 32, but for noise and the shape's edge."""
+    clip = toy.script(np.random.default_rng(5), "x.mp4", "short")
+    small, large = (toy.draw_clip(np.random.default_rng(6), clip, side) for side in (32, 64))
+    assert large.shape == (len(small), 64, 64, 3) and clip.flashes
+    averaged = large.reshape(len(small), 32, 2, 32, 2, 3).mean((2, 4))
+    assert np.abs(averaged - small).mean() < 0.5 < np.abs(np.roll(averaged, 1, 1) - small).mean()
+    with pytest.raises(toy.SettingsError, match="--side 48"):
+        toy.prepare("unused", side=48)
+
+
 def test_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     sizes = dict(seed=0, scale=0.005, pretrain=0, jobs=1)
     toy.prepare(tmp_path / "whole", **sizes)
@@ -252,7 +263,7 @@ def test_shapes_can_be_told_apart_after_the_codec(world, rows):
     y, x = np.mgrid[:32, :32] - 15.5
     places = [(s, r, dx, dy) for s in toy.SHAPES for r in (7, 7.5, 8, 8.5, 9)
               for dx in np.arange(-3, 4) / 2 for dy in np.arange(-6, 7) / 2]
-    templates = np.array([toy.cover(s, x - dx, y - dy, r).ravel() > 0.5 for s, r, dx, dy in places], int)
+    templates = np.array([toy.cover(s, x - dx, y - dy, r, 1).ravel() > 0.5 for s, r, dx, dy in places], int)
     right = total = 0
     for path, scenes in captions(rows):
         _, pixels = frames(world / path)

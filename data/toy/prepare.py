@@ -8,6 +8,7 @@ where it lives. Wrong options are things of the same clip, so that trivial guess
 
     python data/toy/prepare.py --out DIR                       # half a minute: all files of the default run
     python data/toy/prepare.py --out DIR --pretrain 2000       # and clips for pretraining the tiny base model
+    python data/toy/prepare.py --out DIR --side 224            # frames of 224×224 pixels, for train.py --preset small
 
 Every clip comes from default_rng([seed, split, index]): one seed, the same bytes, whatever --jobs is. A finished data
 set leaves done.json; an interrupted one goes on where it stopped.
@@ -27,7 +28,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 5  # raise it when the same settings give other data: older folders are then refused, not mixed
+VERSION = 6  # raise it when the same settings give other data: older folders are then refused, not mixed
 
 # ---- the world -------------------------------------------------------------------------------------------
 COLOURS = {"red": (222, 32, 32), "green": (28, 150, 48), "blue": (40, 72, 228), "yellow": (240, 224, 40),
@@ -42,7 +43,7 @@ WORDS = ("maple river candle window garden silver bridge thunder pencil island m
 FOODS = "moss fern honey bread corn rice kelp nuts plums figs clover grass bark seeds salt beans".split()
 PLACES = "cave tower barn pond nest tent well mill boat shed cabin grove".split()
 PAIRS = [(c, s) for c in COLOURS for s in SHAPES]
-FPS, SIZE, BORDER = 4, 32, 3  # frames a second in the file, pixels, width of a flash
+FPS, SIZE, BORDER = 4, 32, 3  # frames a second in the file; sides of a frame and of a flash, in pixels at --side 32
 COARSE, DIRECT = 24, 48  # frames that the agent sees first; frames of its whole budget, for direct answering
 MCQ = ["colour", "shape", "direction", "what", "order", "count"]
 UNSEEN = ["brief", "speech", "fact"]  # kinds whose evidence the coarse pass does not show
@@ -190,33 +191,35 @@ def draw_facts(rng):
 
 
 # ---- drawing and writing media ---------------------------------------------------------------------------
-def cover(shape, x, y, r):
-    """How much of each pixel the shape covers, 0..1, from the distance to its edge; (0, 0) is its centre."""
+def cover(shape, x, y, r, scale):
+    """How much of each pixel the shape covers, 0..1, from the distance to its edge; (0, 0) is its centre. `scale`:
+    pixels a unit of length."""
     x, down, y, far = np.abs(x), y, np.abs(y), np.hypot(x, y)
     edge = {"circle": far - r, "ring": np.abs(far - 0.76 * r) - 0.24 * r,
             "square": np.maximum(x, y) - 0.86 * r, "diamond": (x + y - 1.15 * r) / 2 ** 0.5,
             "triangle": np.maximum(down - 0.85 * r, (1.85 * x - down - r) / 2.1),
             "cross": np.minimum(np.maximum(x - 0.3 * r, y - r), np.maximum(y - 0.3 * r, x - r))}[shape]
-    return np.clip(0.5 - edge, 0, 1)
+    return np.clip(0.5 - scale * edge, 0, 1)
 
 
-def draw_scene(rng, scene, frames):
-    """(frames, 32, 32, 3). Size, speed, place, tint and texture vary; what leaves comes back opposite."""
-    r, speed = rng.uniform(8, 10), rng.uniform(9, 15)  # pixels, pixels a second
-    ys, xs = np.mgrid[:SIZE, :SIZE] + 0.5
+def draw_scene(rng, scene, frames, side):
+    """(frames, side, side, 3). Size, speed, place, tint and texture vary; what leaves comes back opposite."""
+    r, speed = rng.uniform(8, 10), rng.uniform(9, 15)  # of 32 units, the frame's side; units a second
+    ys, xs = (np.mgrid[:side, :side] + 0.5) * (SIZE / side)
     step = np.array(DIRECTIONS[scene.direction]) * speed / FPS
     across = rng.uniform(r + 1, SIZE - r - 1)
     centre = np.where(step != 0, rng.uniform(0, SIZE, 2), across) + np.arange(frames)[:, None] * step
     x, y = ((g - centre[:, i, None, None] + SIZE / 2) % SIZE - SIZE / 2 for i, g in enumerate((xs, ys)))
     wave = np.sin(rng.uniform(-0.5, 0.5) * xs + rng.uniform(-0.5, 0.5) * ys)[..., None]
     ground = np.array(BACKGROUNDS[scene.background]) + 5 * wave + rng.normal(0, 3, 3)
-    mask = cover(scene.shape, x, y, r)[..., None]
+    mask = cover(scene.shape, x, y, r, side / SIZE)[..., None]
     return ground * (1 - mask) + (np.array(COLOURS[scene.colour]) + rng.normal(0, 4, 3)) * mask
 
 
-def draw_clip(rng, clip):
-    frames = np.concatenate([draw_scene(rng, s, round((s.end - s.start) * FPS)) for s in clip.scenes])
-    border = np.pad(np.zeros([SIZE - 2 * BORDER] * 2, bool), BORDER, constant_values=True)
+def draw_clip(rng, clip, side):
+    frames = np.concatenate([draw_scene(rng, s, round((s.end - s.start) * FPS), side) for s in clip.scenes])
+    width = BORDER * side // SIZE
+    border = np.pad(np.zeros([side - 2 * width] * 2, bool), width, constant_values=True)
     for t, colour in clip.flashes.items():
         frames[t * FPS:(t + 1) * FPS, border] = FLASHES[colour]
     return frames
@@ -232,7 +235,7 @@ def write_media(path, rng, frames, container, codec, pix_fmt, options):
     frames = np.clip(frames + rng.normal(0, 2.5, frames.shape), 0, 255).astype(np.uint8)
     with av.open(f"{path}.tmp", "w", format=container) as out:
         stream = out.add_stream(codec, rate=FPS, options=options)
-        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, pix_fmt
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -240,7 +243,7 @@ def write_media(path, rng, frames, container, codec, pix_fmt, options):
     os.replace(f"{path}.tmp", path)
 
 
-def write_clip(out, clip, rng):
+def write_clip(out, clip, rng, side):
     lines = []
     for i, (t, word) in enumerate(clip.words.items(), 1):
         start, end = (f"00:{x // 60:02d}:{x % 60:02d},000" for x in (t, t + 2))
@@ -249,7 +252,7 @@ def write_clip(out, clip, rng):
         write_text((out / clip.path).with_suffix(".srt"), "\n".join(lines))
     # a key frame every 2 s: seeking stays cheap; mbtree at this frame size gives other bytes now and then
     options = {"preset": "veryfast", "crf": "20", "g": str(2 * FPS), "x264-params": "mbtree=0"}
-    write_media(out / clip.path, rng, draw_clip(rng, clip), "mp4", "libx264", "yuv420p", options)
+    write_media(out / clip.path, rng, draw_clip(rng, clip, side), "mp4", "libx264", "yuv420p", options)
 
 
 # ---- questions -------------------------------------------------------------------------------------------
@@ -487,9 +490,9 @@ def plan_row(rng):
     return {**row, "messages": [{"role": "system", "content": TEXT["system"]}, *row["messages"]]}
 
 
-def image_row(rng, out, path):
+def image_row(rng, out, path, side):
     scene = Scene(0, 1, *pick(rng, PAIRS), pick(rng, DIRECTIONS), pick(rng, BACKGROUNDS))
-    write_media(out / path, rng, draw_scene(rng, scene, 1), "image2pipe", "png", "rgb24", {})
+    write_media(out / path, rng, draw_scene(rng, scene, 1, side), "image2pipe", "png", "rgb24", {})
     image = {"type": "image", "image": path}
     return make("caption", "image", image, TEXT["image"], tell("still", **asdict(scene)))
 
@@ -545,27 +548,27 @@ def rows_of(split, ask, i):
     if split == "sft":  # new formats, and the base's own so that they are not forgotten
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
     if split in ("rl", "rl_long"):  # where the model guesses, rewards are luck, and noise to learn from: only OPD asks
-        rows = [*ask.mcq(SEEN), *ask.grounding(8 if split == "rl_long" else 4)]
-        return [rows, [*rows, *ask.mcq(["order", "count"])]]
+        seen, spans = list(ask.mcq(SEEN)), list(ask.grounding(16 if split == "rl_long" else 4))
+        return [seen + spans[:8], [*seen, *spans, *ask.mcq(["order", "count"])]]
     if split == "test":
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
         agent = ask.agent(kinds(UNSEEN, 5) + kinds(SEEN, 5), exam=True)
         return [[*ask.mcq(kinds(MCQ, 12)), *ask.grounding(10)], agent]
     return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(6), *ask.open(SEEN), *ask.dense(1, 6, 6, 0, 0)],
-            [*ask.agent(UNSEEN + kinds(SEEN, 3)), *ask.verify(1)]]  # each claim is a pack of its own
+            [*ask.agent([*UNSEEN, "fact", *kinds(SEEN, 3)]), *ask.verify(1)]]  # a fact takes two tools; a claim, a pack
 
 
 def make_clip(job):
     """One clip: its media on disk, its rows returned. The drawing has a generator of its own, so that what an
     interrupted run has written (`resume`) need not be drawn again."""
-    out, seed, split, i, facts, resume = job
+    out, seed, split, i, facts, side, resume = job
     folder, length, _, files = SPLITS[split]
     key = [seed, list(SPLITS).index(split), i]
     rng = np.random.default_rng(key)
     clip = script(rng, f"clips/{folder}/{'long_' if length == 'long' else ''}{i:05d}.mp4", length)
     if not (resume and (out / clip.path).exists()):
-        write_clip(out, clip, np.random.default_rng([*key, 1]))
+        write_clip(out, clip, np.random.default_rng([*key, 1]), side)
     known = {"clip": clip.path, "duration": clip.duration}
     return [[{"id": f"{name}-{Path(clip.path).stem}-{n:02d}", **row, **known} for n, row in enumerate(rows)]
             for name, rows in zip(files, rows_of(split, Asker(rng, clip, i, facts), i))]
@@ -575,16 +578,17 @@ class SettingsError(ValueError):
     """A mistake of the user's: one line that says what to do."""
 
 
-def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
+def prepare(out, seed=0, scale=1.0, pretrain=0, side=SIZE, jobs=1):
     """Writes the whole data set to the folder `out`; does nothing if it is there with the same settings."""
     out = Path(out)
     for flag, good in ((f"--seed {seed}", seed >= 0), (f"--scale {scale}", 0 < scale <= 100),
-                       (f"--pretrain {pretrain}", pretrain >= 0), (f"--jobs {jobs}", jobs >= 1)):
+                       (f"--pretrain {pretrain}", pretrain >= 0), (f"--jobs {jobs}", jobs >= 1),
+                       (f"--side {side}", 32 <= side <= 1024 and side % 32 == 0)):
         if not good:
-            raise SettingsError(f"{flag}: too small (--scale: above 0, at most 100)")
+            raise SettingsError(f"{flag}: out of range (--scale: above 0, at most 100; --side: 32, 64, … 1024)")
     clips = {s: max(2, round(n * scale)) for s, (_, _, n, _) in SPLITS.items()}
     clips |= {"pretrain": pretrain, "wide": math.ceil(pretrain / 5)}
-    settings = {"version": VERSION, "seed": seed, "scale": scale, "pretrain": pretrain, "clips": clips}
+    settings = {"version": VERSION, "seed": seed, "scale": scale, "pretrain": pretrain, "side": side, "clips": clips}
     done, started = out / "done.json", out / "started.json"
     for mark in (done, started):
         if mark.exists() and json.loads(mark.read_text())["settings"] != settings:
@@ -603,7 +607,7 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
                        f"{tell('eats', object=o, **fact)} {tell('lives', object=o, **fact)}\n")
 
     files = {name: [] for s, n in clips.items() if n for name in SPLITS[s][3]}
-    work = [(out, seed, s, i, facts["test" if s == "test_long" else "train"], resume)
+    work = [(out, seed, s, i, facts["test" if s == "test_long" else "train"], side, resume)
             for s, n in clips.items() for i in range(n)]
     with Pool(jobs) as pool:  # the order of the results is that of `work`, whatever the number of jobs
         made = tqdm(pool.imap(make_clip, work, chunksize=4), "toy clips", len(work), disable=None)
@@ -611,7 +615,7 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, jobs=1):
             for name, rows in zip(SPLITS[split][3], parts):
                 files[name] += rows
     makers = (("cpt_text", TEXTS, lambda rng, i: text_row(rng)),
-              ("cpt_image", IMAGES, lambda rng, i: image_row(rng, out, f"images/{i:05d}.png")),
+              ("cpt_image", IMAGES, lambda rng, i: image_row(rng, out, f"images/{i:05d}.png", side)),
               ("sft_plan", PLANS, lambda rng, i: plan_row(rng)))
     for k, (name, count, make_row) in enumerate(makers):
         files[name] = [{"id": f"{name}-{i:05d}", **make_row(np.random.default_rng([seed, 100 + k, i]), i)}
@@ -632,6 +636,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every count but --pretrain's")
     parser.add_argument("--pretrain", type=int, default=0,
                         help="clips of 40 s for pretraining a base, and a fifth as many of two minutes")
+    parser.add_argument("--side", type=int, default=SIZE, help="pixels of a frame, square: 32 (default), 64, … 1024")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; no effect on the data")
     args = parser.parse_args()
     try:

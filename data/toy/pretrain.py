@@ -2,11 +2,12 @@
 
     python data/toy/pretrain.py --out runs/pre            # about an hour on 2 cores → base/ and teacher/
     python train.py --base scratch                        # the same into its own --out, then the whole recipe
+    python data/toy/pretrain.py --out DIR --preset small  # 224-pixel frames, 65 M parameters, for a GPU
 
 Nothing here is in the paper, which starts from a released model; the architecture and the training loop are those of
 iv3.py and train.py. Four stages, because 2 M parameters find no look-up by themselves when everything is new at once:
  1. vision: every vision token learns the words of its second (what SigLIP pretraining is to Qwen3-VL);
- 2. near: captions and look-ups, from windows of 3-8 s to 12-24 s, after `start_lookups` has laid the circuit;
+ 2. near: captions and look-ups, from windows of 3-8 s to 12-24 s, after `start_lookups` has laid the circuit (tiny);
  3. base: the same with times up to two minutes;
  4. teacher: the base, trained on both SFT mixes for longer than the student will be, and still with GQA attention.
 """
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 
 from eval import command, gather, join_processes
 from iv3 import Config, Processor, Tokenizer, build_model, load_model, run_cli
-from train import Data, Recipe, Trainer, train_supervised
+from train import SIDES, SMALL, Data, Recipe, Trainer, train_supervised
 
 FROZEN = dict(muon=0.02, branches=16, freeze=("vision",))
 RECIPES = {
@@ -39,9 +40,9 @@ RECIPES = {
 
 
 def initial_weights(args, data_dir):
-    """A fresh tiny GQA model for `vision`."""
+    """A fresh GQA model for `vision`."""
     tokenizer = Tokenizer(json.loads((data_dir / "vocab.json").read_text()))
-    cfg = Config.preset("tiny", vocab=len(tokenizer))
+    cfg = Config.preset(args.preset, vocab=len(tokenizer))
     model, generator = build_model(cfg, tokenizer), torch.Generator().manual_seed(args.seed)
     model.init_weights(generator)
     table, core = model.language_model.embed_tokens.weight.data, {}
@@ -53,7 +54,7 @@ def initial_weights(args, data_dir):
     table += 0.2 * torch.randn(cfg.hidden, generator=generator).sign() - table.mean(0)     # see start_lookups
     for merger in model.visual.deepstack_merger_list:
         merger.linear_fc2.weight.data.zero_()
-    return model, Processor(tokenizer, cfg)
+    return model.to(args.device), Processor(tokenizer, cfg)
 
 
 def train_vision(trainer, data):
@@ -67,7 +68,9 @@ def train_vision(trainer, data):
             sample = data.encode(rows, root)
             if sample:
                 lines = rows[0]["messages"][-1]["content"].split("\n")
-                words += [sorted(set(tokenizer.encode(line))) if line != "-" else [] for line in lines]
+                for line, (h, w) in zip(lines, sample[0].grids.tolist()):                  # a second of video
+                    named = sorted(set(tokenizer.encode(line))) if line != "-" else []
+                    words += [named] * (h * w // model.cfg.merge ** 2)
                 patches.append(sample[0].patches)
                 grids.append(sample[0].grids)
         target = torch.nn.utils.rnn.pad_sequence([torch.tensor(w, dtype=torch.long) for w in words], True, -1)
@@ -81,7 +84,7 @@ def train_vision(trainer, data):
         batch = {"patches": torch.cat(patches), "grids": torch.cat(grids), "target": target}
         named = sum(gather(int((target >= 0).sum())))
         return {"loss": trainer.update([(batch, loss_of, 1 / named)]), "tokens": len(words)}
-    trainer.fit(step_of, finish=lambda: start_lookups(model, trainer.args.seed))
+    trainer.fit(step_of, finish=lambda: trainer.args.preset == "tiny" and start_lookups(model, trainer.args.seed))
 
 
 @torch.no_grad()
@@ -136,6 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="run directory; its data goes to OUT/pretraining")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", choices=list(SIDES), default="tiny", help="size of the model and of the frames")
     parser.add_argument("--scale", type=float, default=3.0, help="multiplies the number of the teacher's videos")
     parser.add_argument("--clips", type=int, default=2000, help="videos to pretrain on")
     parser.add_argument("--steps", type=int, help="steps of every stage (default: the recipes')")
@@ -143,14 +147,16 @@ def main():
     args = parser.parse_args()
     data_dir = args.out / "pretraining"
     command("data/toy/prepare.py", "--out", data_dir, "--seed", args.seed, "--scale", args.scale, "--pretrain",
-            args.clips)
-    vars(args).update(device="cpu", freeze=[], workers=0, save_every=20, eval_every=0, checkpointing=False, fsdp=False)
-    join_processes(args.jobs or min(4, os.cpu_count()))
+            args.clips, "--side", SIDES[args.preset])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vars(args).update(device=device, freeze=[], workers=0, save_every=20, eval_every=0, fsdp=False,
+                      checkpointing=args.preset == "small")
+    join_processes(args.jobs or (min(4, os.cpu_count()) if device == "cpu" else 1), device)
     previous = None
     for stage, recipe in RECIPES.items():
-        recipe = replace(recipe, steps=args.steps or recipe.steps)
+        recipe = replace(recipe, steps=args.steps or recipe.steps, **SMALL if args.preset == "small" else {})
         if not (args.out / stage / "config.json").is_file():
-            model, processor = load_model(previous) if previous else initial_weights(args, data_dir)
+            model, processor = load_model(previous, device) if previous else initial_weights(args, data_dir)
             data = Data(data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
             trainer = Trainer(model, processor, recipe, stage, args, previous)
             (train_supervised if previous else train_vision)(trainer, data)
