@@ -408,30 +408,25 @@ class Video:
 
 
 def probe(path):
-    """Duration in seconds and frame rate of a video file, from its header."""
-    with _open(path) as (container, stream):
-        need(stream.duration or container.duration,
-             f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)", MediaError)
-        duration = (container.duration or 0) / av.time_base
+    """Duration of a video file in seconds, from its header."""
+    with _open(path) as (container, stream, origin):
         if stream.duration:
-            duration = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(container)
-        return duration, float(stream.average_rate or 24)
-
-
-def _origin(container):
-    """Where the file's clock starts, in seconds; players (and subtitles) call this moment 0."""
-    return (container.start_time or 0) / av.time_base
+            return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin
+        need(container.duration,
+             f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)", MediaError)
+        return container.duration / av.time_base
 
 
 @contextmanager
 def _open(path):
-    """`with _open(path) as (container, video_stream)`; every failure names the file."""
+    """`with _open(path) as (container, video_stream, origin)`; every failure names the file. origin: where the file's
+    clock starts, in seconds; players (and subtitles) call this moment 0."""
     need(Path(path).is_file(), f"{path}: no such file", MediaError)
     container = None
     try:
         with av.open(str(path)) as container:
             need(container.streams.video, f"{path}: has no video stream", MediaError)
-            yield container, container.streams.video[0]
+            yield container, container.streams.video[0], (container.start_time or 0) / av.time_base
     except av.FFmpegError as e:
         raise MediaError(f"{path}: {'broken video data' if container else 'not a readable video'} ({e})") from e
 
@@ -454,9 +449,8 @@ def _decode(path, start):
     """Yield (time, frame) from the key frame before `start`, or from the beginning: a seek may land behind `start`
     where a format has no index (MPEG-TS)."""
     for seek in (True, False) if start > 0 else (False,):
-        with _open(path) as (container, stream):
+        with _open(path) as (container, stream, origin):
             stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
-            origin = _origin(container)
             if seek:
                 container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
             for i, frame in enumerate(container.decode(stream)):
@@ -471,7 +465,7 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
     Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
     the length of the window: an hour of film takes minutes)."""
-    duration, _ = probe(path)
+    duration = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
@@ -503,7 +497,7 @@ def _rgb(frame, reformatter):
 
 
 def read_image(path):
-    with _open(path) as (container, stream):
+    with _open(path) as (container, stream, _):
         for frame in container.decode(stream):
             return _rgb(frame, VideoReformatter())
     raise MediaError(f"{path}: no picture in it")
