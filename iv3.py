@@ -550,12 +550,11 @@ class Tokenizer:
 
     def __init__(self, pieces):
         self.pieces = sorted(set(pieces) - set(SPECIALS))
-        parts = [bytes([b]) for b in range(256)] + [piece.encode() for piece in self.pieces]
-        self.tokens = [special.encode() for special in SPECIALS] + parts
+        self.tokens = [*map(str.encode, SPECIALS), *(bytes([b]) for b in range(256)), *map(str.encode, self.pieces)]
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}     # a one-byte piece is the byte
         self.split = re.compile(f"({'|'.join(map(re.escape, SPECIALS))})")
-        self.longest = re.compile(b"|".join(map(re.escape, sorted(parts, key=len, reverse=True))))
-        self.pieces_of = lru_cache(2 ** 16)(lambda data: [self.ids[token] for token in self.longest.findall(data)])
+        self.longest = re.compile(b"|".join(map(re.escape, sorted(self.tokens, key=len, reverse=True))))
+        self.ids_of = lru_cache(2 ** 16)(lambda data: [self.ids[token] for token in self.longest.findall(data)])
 
     def __len__(self):
         return len(self.tokens)
@@ -564,11 +563,8 @@ class Tokenizer:
         return self.ids[token.encode()]
 
     def encode(self, text):
-        ids = []
-        for part in self.split.split(text):
-            data = part.encode(errors="replace")                             # a lone surrogate is no text: "?"
-            ids += [self.ids[data]] if part in SPECIALS else self.pieces_of(data)
-        return ids
+        parts = [part.encode(errors="replace") for part in self.split.split(text)]   # a lone surrogate is no text: "?"
+        return [i for part in parts for i in self.ids_of(part)]
 
     def decode(self, ids):
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
@@ -583,12 +579,11 @@ class Tokenizer:
         if (path.parent / "tokenizer.json").is_file():                       # its vocab.json is another thing
             return HFTokenizer(path.parent / "tokenizer.json")
         need(path.is_file(), f"{path}: no tokenizer in this directory")
-        return cls(json.loads(path.read_text()))
+        return cls(read_json(path))
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json. Needs the package tokenizers. Saved with it are the
-    files beside it that transformers and vLLM want and we do not need."""
+    """A Hugging Face tokenizer.json. BESIDE it lie files that transformers and vLLM want; we only pass them on."""
     BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
               "tokenizer_config.json", "video_preprocessor_config.json")
 
