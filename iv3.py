@@ -636,7 +636,7 @@ class Processor:
         self.cache, self.cached, self.cache_bytes = {}, 0, cache_bytes
 
     def load(self, item, root):
-        """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
+        """One media item of a message → (patches, grid, the timestamp of each temporal patch, frames)."""
         kind = item["type"]
         for holds, problem in item_rules(item):                               # no setting is ignored silently
             need(holds, f"{item[kind]}: {problem}")
@@ -646,11 +646,12 @@ class Processor:
         if key in self.cache:
             return self.cache[key]
         if kind == "image":
-            value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
+            value = *patchify(read_image(key[0])[None], self.cfg, image=True), [""], 1
         else:
             video = read_video(key[0], **options)
             times = np.pad(video.times, (0, len(video.times) % 2), "edge").reshape(-1, 2).mean(1)
-            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), times, len(video.times)
+            stamps = [f"<{t:.1f} seconds>" for t in times]
+            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), stamps, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
@@ -674,12 +675,10 @@ class Processor:
                 if item["type"] == "text":
                     text += item["text"]
                     continue
-                pixels, (h, w), times, shown = self.load(item, root)
-                pads = ("<|image_pad|>" if times is None else "<|video_pad|>") * (h * w // self.cfg.merge ** 2)
-                for i in range(len(pixels) // (h * w)):
-                    stamp = "" if times is None else f"<{times[i]:.1f} seconds>"
-                    text += f"{stamp}<|vision_start|>{pads}<|vision_end|>"
-                    grids.append((h, w))
+                pixels, (h, w), stamps, shown = self.load(item, root)
+                pads = f"<|{item['type']}_pad|>" * (h * w // self.cfg.merge ** 2)
+                text += "".join(f"{stamp}<|vision_start|>{pads}<|vision_end|>" for stamp in stamps)
+                grids += [(h, w)] * len(stamps)
                 patches, frames = [*patches, pixels], frames + shown
             texts.append((text + end, False))
         if generation:
