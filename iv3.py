@@ -784,9 +784,8 @@ def row_rules(row):
 # ------------------------------------------------------------------------------------------------------- generation
 def collate(samples, pad, device="cpu"):
     """Right-padded batch of Encoded → keyword arguments of InternVideo3.forward, `valid` (B,T) among them."""
-    def padded(rows, value=0):
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    batch = dict(ids=padded([s.ids for s in samples], pad),
+    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    batch = dict(ids=padded([s.ids for s in samples], padding_value=pad),
                  positions=padded([s.positions.T for s in samples]).permute(2, 0, 1),               # (3,B,T)
                  valid=padded([torch.ones_like(s.ids, dtype=torch.bool) for s in samples]),
                  patches=torch.cat([s.patches for s in samples]), grids=torch.cat([s.grids for s in samples]))
@@ -820,14 +819,12 @@ def group_prompts(batch, vision_ids):
     a prompt is never shared: it has to be computed to predict from it."""
     groups = []
     for sample in batch:
-        vision = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero()
-        media_end, shared = (int(vision[-1]) + 1 if len(vision) else 0), len(sample.ids) - 1
-        if groups:
-            first, n = groups[-1][0][0], min(groups[-1][1], shared)
-            differ = (first.ids[:n] != sample.ids[:n]).nonzero()
-            n = int(differ[0]) if len(differ) else n
-            if 0 < media_end <= n and torch.equal(first.patches, sample.patches):
-                groups[-1] = (groups[-1][0] + [sample], n)
+        vision, shared = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero(), len(sample.ids) - 1
+        if groups and len(vision):
+            prompts, n = groups[-1][0], min(groups[-1][1], shared)
+            n = int((prompts[0].ids[:n] == sample.ids[:n]).cumprod(0).sum())         # tokens they both begin with
+            if vision[-1] < n and torch.equal(prompts[0].patches, sample.patches):
+                groups[-1] = (prompts + [sample], n)
                 continue
         groups.append(([sample], shared))
     return groups
