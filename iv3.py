@@ -888,14 +888,13 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def save_model(directory, model, tokenizer, half=False, state=None):
-    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository).
+def save_model(directory, model, tokenizer, state=None):
+    """config.json, vocab.json and weights.pt, in the model's dtype (the shipped weights are those of model.half()).
     `state`: the whole state_dict of a model that is spread over processes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
-    state = {k: (v.half() if half and v.is_floating_point() else v).cpu()
-             for k, v in (state or model.state_dict()).items()}
+    state = {k: v.cpu() for k, v in (state or model.state_dict()).items()}
     write_atomic(directory / "weights.pt", lambda p: torch.save(state, p))
     write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(asdict(model.cfg), indent=1)))
 
