@@ -984,7 +984,7 @@ def find_model(argument=None):
 def estimate(name, memory, **training):
     """Yield lines: a preset or a model's directory, with GQA and with M²LA (its own, or as published: rows half as wide
     as GQA's), on `memory` GB (10⁹ bytes). To answer, in bf16: parameters, cache bytes of a token, and the tokens whose
-    cache fits beside the weights. To train: see `training_bytes`. Built on the meta device: shapes without memory."""
+    cache fits beside the weights. To train: see `training_bytes`."""
     path = Path(name) / "config.json"
     need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
     cfg = Config.preset(name) if name in PRESETS else Config.load(path)
@@ -992,29 +992,27 @@ def estimate(name, memory, **training):
     P = min(cfg.head_dim, half // 2)
     published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
     kinds = replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg
+    with torch.device("meta"):                                               # shapes without memory
+        models = [InternVideo3(kind, (0, 1)).to(torch.bfloat16) for kind in kinds]
     if training:
         settings = ", ".join(f"{k} {v}" for k, v in training.items() if v)
         yield f"{name}, a training step in fp32 under bf16 autocast; GB, of {memory:g}; {settings}"
-        for kind in kinds:
-            with torch.device("meta"):
-                parts = partial(training_bytes, InternVideo3(kind, (0, 1)), **training)
-            if kind.attn == "gqa":
-                yield f"{'attention':<10}{''.join(f'{part:>13}' for part in (*parts(), 'total', 'longest seq'))}"
+        columns = *training_bytes(models[0], **training), "total", "longest seq"
+        yield f"{'attention':<10}{''.join(f'{column:>13}' for column in columns)}"
+        for model in models:
+            parts = partial(training_bytes, model, **training)
             longest = bisect_right(range(2 ** 24), memory * 1e9, key=lambda T: sum(parts(seq=T).values())) - 1
             gigabytes = (f"{size / 1e9:>13.2f}" for size in (*parts().values(), sum(parts().values())))
-            yield f"{kind.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
+            yield f"{model.cfg.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
         return
     yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
     yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
-    for kind in kinds:
-        with torch.device("meta"):
-            model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
+    for model in models:
         weights = sum(p.nbytes for p in model.parameters())
-        none, text, vision = (sum(rows.nbytes for layer in model.new_cache(1, *capacity).rows for rows in layer)
-                              for capacity in ((0, 0), (1, 0), (0, 1)))
-        token = max(text, vision) - none                                     # of the wider segment
+        segments = zip(*model.new_cache(1, 0).rows)                          # each layer holds its spare row alone
+        token = max(sum(row.nbytes for row in segment) for segment in segments)
         context = max(0, int((memory * 1e9 - weights) // token))
-        yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
+        yield f"{model.cfg.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
 
 def takes_muon(name, parameter):
