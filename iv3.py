@@ -214,12 +214,11 @@ def block_order(grid, merge):
 class VisionBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        D = cfg.vision_hidden
+        D, wide = cfg.vision_hidden, cfg.vision_mlp
         self.heads = cfg.vision_heads
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
-        up, down = nn.Linear(D, cfg.vision_mlp), nn.Linear(cfg.vision_mlp, D)
-        self.mlp = nn.ModuleDict({"linear_fc1": up, "linear_fc2": down})
+        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(D, wide), "linear_fc2": nn.Linear(wide, D)})
 
     def forward(self, x, cos, sin):
         """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh/2)."""
@@ -272,7 +271,8 @@ class VisionTower(nn.Module):
 
     def encode_grid(self, patches, n, h, w):
         """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
-        x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(h, w)
+        pixels = (patches.float() / 127.5 - 1).to(self.pos_embed.weight.dtype)
+        x = self.patch_embed["proj"](pixels).view(n, h * w, -1) + self.position_embedding(h, w)
         cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
@@ -284,13 +284,10 @@ class VisionTower(nn.Module):
     def forward(self, patches, grids):
         """patches (Np, 3·2·p·p) uint8 pixels, grids (n, 2) = (h, w) of each temporal patch.
         → list of (tokens, D): the merged tokens, then one tensor per DeepStack tap."""
-        start, outs = 0, []
-        for (h, w), run in groupby(grids.tolist()):                         # neighbours of one size go as one batch
-            n = len(list(run))
-            pixels = patches[start:start + n * h * w].float() / 127.5 - 1
-            outs.append(self.encode_grid(pixels.to(self.pos_embed.weight.dtype), n, h, w))
-            start += n * h * w
-        return [torch.cat(parts) for parts in zip(*outs)]
+        runs = [(len(list(run)), h, w) for (h, w), run in groupby(grids.tolist())]     # neighbours of one size: a batch
+        parts = patches.split([n * h * w for n, h, w in runs])
+        outs = [self.encode_grid(part, *run) for part, run in zip(parts, runs)]
+        return [torch.cat(tokens) for tokens in zip(*outs)]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
