@@ -127,8 +127,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, directory):
-        """Of a Hugging Face checkpoint: Qwen3-VL, from transformers 4.57 or later, or InternVideo3 as released (§3.2).
-        UserError names what its config.json lacks or what this model does not do (another RoPE, say)."""
+        """Of a Hugging Face checkpoint: Qwen3-VL (of transformers 4.57 or later) or InternVideo3 as released (§3.2)."""
         path, values = Path(directory) / "config.json", {"min_volume": 4096, "min_pixels": 65_536}
         config = read_json(path)
         for part, names in HF_NAMES.items():
@@ -460,8 +459,7 @@ def _decode(path, start):
 
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
-    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
-    the length of the window: an hour of film takes minutes)."""
+    deadline: seconds it may take, by default a minute and the length of the window (an hour of film takes minutes)."""
     duration = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"
@@ -489,7 +487,7 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
 def _rgb(frame, reformatter):
     """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels). The frames of a video
     share a reformatter: setting one up takes longer than using it."""
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4                # PyAV: degrees counter-clockwise
+    turns = round(frame.rotation / 90) % 4                               # PyAV: degrees counter-clockwise
     return np.ascontiguousarray(np.rot90(reformatter.reformat(frame, format="rgb24").to_ndarray(), turns))
 
 
