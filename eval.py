@@ -271,7 +271,7 @@ def score_grounding(texts, rows, seed=0):
 def video_seconds(path):
     """Length of a video; NaN if it cannot be read (the row counts as wrong further on, so no error here)."""
     try:
-        return iv3.probe(path)[0]
+        return iv3.probe(path)
     except iv3.MediaError:
         return math.nan
 

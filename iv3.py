@@ -127,8 +127,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, directory):
-        """Of a Hugging Face checkpoint: Qwen3-VL, from transformers 4.57 or later, or InternVideo3 as released (§3.2).
-        UserError names what its config.json lacks or what this model does not do (another RoPE, say)."""
+        """Of a Hugging Face checkpoint: Qwen3-VL (of transformers 4.57 or later) or InternVideo3 as released (§3.2)."""
         path, values = Path(directory) / "config.json", {"min_volume": 4096, "min_pixels": 65_536}
         config = read_json(path)
         for part, names in HF_NAMES.items():
@@ -214,12 +213,11 @@ def block_order(grid, merge):
 class VisionBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        D = cfg.vision_hidden
+        D, wide = cfg.vision_hidden, cfg.vision_mlp
         self.heads = cfg.vision_heads
         self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
-        up, down = nn.Linear(D, cfg.vision_mlp), nn.Linear(cfg.vision_mlp, D)
-        self.mlp = nn.ModuleDict({"linear_fc1": up, "linear_fc2": down})
+        self.mlp = nn.ModuleDict({"linear_fc1": nn.Linear(D, wide), "linear_fc2": nn.Linear(wide, D)})
 
     def forward(self, x, cos, sin):
         """x (n, h·w, D): attention stays inside one temporal patch. cos, sin (h·w, Dh/2)."""
@@ -272,7 +270,8 @@ class VisionTower(nn.Module):
 
     def encode_grid(self, patches, n, h, w):
         """n temporal patches of one size: (n·h·w, 3·2·p·p) → tokens (n·h·w/4, D), one more per DeepStack tap."""
-        x = self.patch_embed["proj"](patches).view(n, h * w, -1) + self.position_embedding(h, w)
+        pixels = (patches.float() / 127.5 - 1).to(self.pos_embed.weight.dtype)
+        x = self.patch_embed["proj"](pixels).view(n, h * w, -1) + self.position_embedding(h, w)
         cos, sin = self.rotary(h, w, x.device)
         deep = []
         for i, block in enumerate(self.blocks):
@@ -284,13 +283,10 @@ class VisionTower(nn.Module):
     def forward(self, patches, grids):
         """patches (Np, 3·2·p·p) uint8 pixels, grids (n, 2) = (h, w) of each temporal patch.
         → list of (tokens, D): the merged tokens, then one tensor per DeepStack tap."""
-        start, outs = 0, []
-        for (h, w), run in groupby(grids.tolist()):                         # neighbours of one size go as one batch
-            n = len(list(run))
-            pixels = patches[start:start + n * h * w].float() / 127.5 - 1
-            outs.append(self.encode_grid(pixels.to(self.pos_embed.weight.dtype), n, h, w))
-            start += n * h * w
-        return [torch.cat(parts) for parts in zip(*outs)]
+        runs = [(len(list(run)), h, w) for (h, w), run in groupby(grids.tolist())]     # neighbours of one size: a batch
+        parts = patches.split([n * h * w for n, h, w in runs])
+        outs = [self.encode_grid(part, *run) for part, run in zip(parts, runs)]
+        return [torch.cat(tokens) for tokens in zip(*outs)]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoder
@@ -408,30 +404,25 @@ class Video:
 
 
 def probe(path):
-    """Duration in seconds and frame rate of a video file, from its header."""
-    with _open(path) as (container, stream):
-        need(stream.duration or container.duration,
-             f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)", MediaError)
-        duration = (container.duration or 0) / av.time_base
+    """Duration of a video file in seconds, from its header."""
+    with _open(path) as (container, stream, origin):
         if stream.duration:
-            duration = float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(container)
-        return duration, float(stream.average_rate or 24)
-
-
-def _origin(container):
-    """Where the file's clock starts, in seconds; players (and subtitles) call this moment 0."""
-    return (container.start_time or 0) / av.time_base
+            return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin
+        need(container.duration,
+             f"{path}: the file does not say how long it is; remux it (ffmpeg -i … -c copy)", MediaError)
+        return container.duration / av.time_base
 
 
 @contextmanager
 def _open(path):
-    """`with _open(path) as (container, video_stream)`; every failure names the file."""
+    """`with _open(path) as (container, video_stream, origin)`; every failure names the file. origin: where the file's
+    clock starts, in seconds; players (and subtitles) call this moment 0."""
     need(Path(path).is_file(), f"{path}: no such file", MediaError)
     container = None
     try:
         with av.open(str(path)) as container:
             need(container.streams.video, f"{path}: has no video stream", MediaError)
-            yield container, container.streams.video[0]
+            yield container, container.streams.video[0], (container.start_time or 0) / av.time_base
     except av.FFmpegError as e:
         raise MediaError(f"{path}: {'broken video data' if container else 'not a readable video'} ({e})") from e
 
@@ -454,9 +445,8 @@ def _decode(path, start):
     """Yield (time, frame) from the key frame before `start`, or from the beginning: a seek may land behind `start`
     where a format has no index (MPEG-TS)."""
     for seek in (True, False) if start > 0 else (False,):
-        with _open(path) as (container, stream):
+        with _open(path) as (container, stream, origin):
             stream.thread_type = "AUTO" if stream.width * stream.height > 256 * 256 else "NONE"
-            origin = _origin(container)
             if seek:
                 container.seek(int((start + origin) / stream.time_base), stream=stream, backward=True)
             for i, frame in enumerate(container.decode(stream)):
@@ -469,9 +459,8 @@ def _decode(path, start):
 
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
-    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
-    the length of the window: an hour of film takes minutes)."""
-    duration, _ = probe(path)
+    deadline: seconds it may take, by default a minute and the length of the window (an hour of film takes minutes)."""
+    duration = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"
     need(fps > 0 and end > start,
@@ -498,12 +487,12 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
 def _rgb(frame, reformatter):
     """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels). The frames of a video
     share a reformatter: setting one up takes longer than using it."""
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4                # PyAV: degrees counter-clockwise
+    turns = round(frame.rotation / 90) % 4                               # PyAV: degrees counter-clockwise
     return np.ascontiguousarray(np.rot90(reformatter.reformat(frame, format="rgb24").to_ndarray(), turns))
 
 
 def read_image(path):
-    with _open(path) as (container, stream):
+    with _open(path) as (container, stream, _):
         for frame in container.decode(stream):
             return _rgb(frame, VideoReformatter())
     raise MediaError(f"{path}: no picture in it")
@@ -556,12 +545,11 @@ class Tokenizer:
 
     def __init__(self, pieces):
         self.pieces = sorted(set(pieces) - set(SPECIALS))
-        parts = [bytes([b]) for b in range(256)] + [piece.encode() for piece in self.pieces]
-        self.tokens = [special.encode() for special in SPECIALS] + parts
+        self.tokens = [*map(str.encode, SPECIALS), *(bytes([b]) for b in range(256)), *map(str.encode, self.pieces)]
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}     # a one-byte piece is the byte
         self.split = re.compile(f"({'|'.join(map(re.escape, SPECIALS))})")
-        self.longest = re.compile(b"|".join(map(re.escape, sorted(parts, key=len, reverse=True))))
-        self.pieces_of = lru_cache(2 ** 16)(lambda data: [self.ids[token] for token in self.longest.findall(data)])
+        self.longest = re.compile(b"|".join(map(re.escape, sorted(self.tokens, key=len, reverse=True))))
+        self.ids_of = lru_cache(2 ** 16)(lambda data: [self.ids[token] for token in self.longest.findall(data)])
 
     def __len__(self):
         return len(self.tokens)
@@ -570,11 +558,8 @@ class Tokenizer:
         return self.ids[token.encode()]
 
     def encode(self, text):
-        ids = []
-        for part in self.split.split(text):
-            data = part.encode(errors="replace")                             # a lone surrogate is no text: "?"
-            ids += [self.ids[data]] if part in SPECIALS else self.pieces_of(data)
-        return ids
+        parts = [part.encode(errors="replace") for part in self.split.split(text)]   # a lone surrogate is no text: "?"
+        return [i for part in parts for i in self.ids_of(part)]
 
     def decode(self, ids):
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
@@ -589,12 +574,11 @@ class Tokenizer:
         if (path.parent / "tokenizer.json").is_file():                       # its vocab.json is another thing
             return HFTokenizer(path.parent / "tokenizer.json")
         need(path.is_file(), f"{path}: no tokenizer in this directory")
-        return cls(json.loads(path.read_text()))
+        return cls(read_json(path))
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json. Needs the package tokenizers. Saved with it are the
-    files beside it that transformers and vLLM want and we do not need."""
+    """A Hugging Face tokenizer.json. BESIDE it lie files that transformers and vLLM want; we only pass them on."""
     BESIDE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
               "tokenizer_config.json", "video_preprocessor_config.json")
 
@@ -647,7 +631,7 @@ class Processor:
         self.cache, self.cached, self.cache_bytes = {}, 0, cache_bytes
 
     def load(self, item, root):
-        """The pixels of one media item of a message → (patches, grid, times or None, frames)."""
+        """One media item of a message → (patches, grid, the timestamp of each temporal patch, frames)."""
         kind = item["type"]
         for holds, problem in item_rules(item):                               # no setting is ignored silently
             need(holds, f"{item[kind]}: {problem}")
@@ -657,11 +641,12 @@ class Processor:
         if key in self.cache:
             return self.cache[key]
         if kind == "image":
-            value = *patchify(read_image(key[0])[None], self.cfg, image=True), None, 1
+            value = *patchify(read_image(key[0])[None], self.cfg, image=True), [""], 1
         else:
             video = read_video(key[0], **options)
             times = np.pad(video.times, (0, len(video.times) % 2), "edge").reshape(-1, 2).mean(1)
-            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), times, len(video.times)
+            stamps = [f"<{t:.1f} seconds>" for t in times]
+            value = *patchify(video.frames, self.cfg, frame_tokens=tokens), stamps, len(video.times)
         self.cache[key] = value
         self.cached += value[0].numel()
         while self.cached > self.cache_bytes and len(self.cache) > 1:         # the oldest goes
@@ -685,12 +670,10 @@ class Processor:
                 if item["type"] == "text":
                     text += item["text"]
                     continue
-                pixels, (h, w), times, shown = self.load(item, root)
-                pads = ("<|image_pad|>" if times is None else "<|video_pad|>") * (h * w // self.cfg.merge ** 2)
-                for i in range(len(pixels) // (h * w)):
-                    stamp = "" if times is None else f"<{times[i]:.1f} seconds>"
-                    text += f"{stamp}<|vision_start|>{pads}<|vision_end|>"
-                    grids.append((h, w))
+                pixels, (h, w), stamps, shown = self.load(item, root)
+                pads = f"<|{item['type']}_pad|>" * (h * w // self.cfg.merge ** 2)
+                text += "".join(f"{stamp}<|vision_start|>{pads}<|vision_end|>" for stamp in stamps)
+                grids += [(h, w)] * len(stamps)
                 patches, frames = [*patches, pixels], frames + shown
             texts.append((text + end, False))
         if generation:
@@ -796,9 +779,8 @@ def row_rules(row):
 # ------------------------------------------------------------------------------------------------------- generation
 def collate(samples, pad, device="cpu"):
     """Right-padded batch of Encoded → keyword arguments of InternVideo3.forward, `valid` (B,T) among them."""
-    def padded(rows, value=0):
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    batch = dict(ids=padded([s.ids for s in samples], pad),
+    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    batch = dict(ids=padded([s.ids for s in samples], padding_value=pad),
                  positions=padded([s.positions.T for s in samples]).permute(2, 0, 1),               # (3,B,T)
                  valid=padded([torch.ones_like(s.ids, dtype=torch.bool) for s in samples]),
                  patches=torch.cat([s.patches for s in samples]), grids=torch.cat([s.grids for s in samples]))
@@ -832,14 +814,12 @@ def group_prompts(batch, vision_ids):
     a prompt is never shared: it has to be computed to predict from it."""
     groups = []
     for sample in batch:
-        vision = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero()
-        media_end, shared = (int(vision[-1]) + 1 if len(vision) else 0), len(sample.ids) - 1
-        if groups:
-            first, n = groups[-1][0][0], min(groups[-1][1], shared)
-            differ = (first.ids[:n] != sample.ids[:n]).nonzero()
-            n = int(differ[0]) if len(differ) else n
-            if 0 < media_end <= n and torch.equal(first.patches, sample.patches):
-                groups[-1] = (groups[-1][0] + [sample], n)
+        vision, shared = torch.isin(sample.ids, torch.tensor(vision_ids)).nonzero(), len(sample.ids) - 1
+        if groups and len(vision):
+            prompts, n = groups[-1][0], min(groups[-1][1], shared)
+            n = int((prompts[0].ids[:n] == sample.ids[:n]).cumprod(0).sum())         # tokens they both begin with
+            if vision[-1] < n and torch.equal(prompts[0].patches, sample.patches):
+                groups[-1] = (prompts + [sample], n)
                 continue
         groups.append(([sample], shared))
     return groups
@@ -903,14 +883,13 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
-def save_model(directory, model, tokenizer, half=False, state=None):
-    """config.json, vocab.json and weights.pt; `half` stores fp16 (the weights shipped with the repository).
+def save_model(directory, model, tokenizer, state=None):
+    """config.json, vocab.json and weights.pt, in the model's dtype (the shipped weights are those of model.half()).
     `state`: the whole state_dict of a model that is spread over processes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
-    state = {k: (v.half() if half and v.is_floating_point() else v).cpu()
-             for k, v in (state or model.state_dict()).items()}
+    state = {k: v.cpu() for k, v in (state or model.state_dict()).items()}
     write_atomic(directory / "weights.pt", lambda p: torch.save(state, p))
     write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(asdict(model.cfg), indent=1)))
 
@@ -1000,7 +979,7 @@ def find_model(argument=None):
 def estimate(name, memory, **training):
     """Yield lines: a preset or a model's directory, with GQA and with M²LA (its own, or as published: rows half as wide
     as GQA's), on `memory` GB (10⁹ bytes). To answer, in bf16: parameters, cache bytes of a token, and the tokens whose
-    cache fits beside the weights. To train: see `training_bytes`. Built on the meta device: shapes without memory."""
+    cache fits beside the weights. To train: see `training_bytes`."""
     path = Path(name) / "config.json"
     need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
     cfg = Config.preset(name) if name in PRESETS else Config.load(path)
@@ -1008,29 +987,27 @@ def estimate(name, memory, **training):
     P = min(cfg.head_dim, half // 2)
     published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
     kinds = replace(cfg, attn="gqa"), published if cfg.attn == "gqa" else cfg
+    with torch.device("meta"):                                               # shapes without memory
+        models = [InternVideo3(kind, (0, 1)).to(torch.bfloat16) for kind in kinds]
     if training:
         settings = ", ".join(f"{k} {v}" for k, v in training.items() if v)
         yield f"{name}, a training step in fp32 under bf16 autocast; GB, of {memory:g}; {settings}"
-        for kind in kinds:
-            with torch.device("meta"):
-                parts = partial(training_bytes, InternVideo3(kind, (0, 1)), **training)
-            if kind.attn == "gqa":
-                yield f"{'attention':<10}{''.join(f'{part:>13}' for part in (*parts(), 'total', 'longest seq'))}"
+        columns = *training_bytes(models[0], **training), "total", "longest seq"
+        yield f"{'attention':<10}{''.join(f'{column:>13}' for column in columns)}"
+        for model in models:
+            parts = partial(training_bytes, model, **training)
             longest = bisect_right(range(2 ** 24), memory * 1e9, key=lambda T: sum(parts(seq=T).values())) - 1
             gigabytes = (f"{size / 1e9:>13.2f}" for size in (*parts().values(), sum(parts().values())))
-            yield f"{kind.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
+            yield f"{model.cfg.attn:<10}{''.join(gigabytes)}{max(0, longest):>13,}"
         return
     yield f"{name} in bf16, {memory:g} GB for weights and the cache of one sequence; activations come on top"
     yield f"{'attention':<10}{'parameters':>16}{'weights, GB':>14}{'cache bytes a token':>21}{'largest context':>17}"
-    for kind in kinds:
-        with torch.device("meta"):
-            model = InternVideo3(kind, (0, 1)).to(torch.bfloat16)
+    for model in models:
         weights = sum(p.nbytes for p in model.parameters())
-        none, text, vision = (sum(rows.nbytes for layer in model.new_cache(1, *capacity).rows for rows in layer)
-                              for capacity in ((0, 0), (1, 0), (0, 1)))
-        token = max(text, vision) - none                                     # of the wider segment
+        segments = zip(*model.new_cache(1, 0).rows)                          # each layer holds its spare row alone
+        token = max(sum(row.nbytes for row in segment) for segment in segments)
         context = max(0, int((memory * 1e9 - weights) // token))
-        yield f"{kind.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
+        yield f"{model.cfg.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
 
 def takes_muon(name, parameter):

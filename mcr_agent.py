@@ -477,7 +477,7 @@ def captioner(model, prompt=PROMPT):
 def caption_clips(path, caption, longest=10.0):
     """→ duration, [(start, end, caption)]. A clip lies between two cuts, or is an equal part of what does, where that
     is longer than `longest` seconds."""
-    duration, clips = probe(path)[0], []
+    duration, clips = probe(path), []
     for start, end in find_scenes(path, 0.0, duration):
         parts = max(1, math.ceil((end - start) / longest - 1e-6))
         for a, b in pairwise(np.linspace(start, end, parts + 1).tolist()):
@@ -803,7 +803,7 @@ class Rollout:
         self.question = sanitise(question)
         self.budget, self.given_route, self.without, self.trace = budget or Budget(), route, without, trace
         self.tools = {k: tool for k, tool in TOOLS.items() if tool.kind not in [PARTS[name] for name in without]}
-        self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)[0]
+        self.deadline, self.duration = time.monotonic() + self.budget.seconds, probe(self.video)
         self.listen, self.search = listen, search
         self.memory, self.V = Memory(() if "memory" in without else memory), [(0.0, self.duration)]
         self.answer, self.evidence, self.confidence = "not found", [], 0.0

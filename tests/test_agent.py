@@ -79,7 +79,7 @@ class ScriptedModel:
         return sum(len(i["text"].split()) if i["type"] == "text" else 4 * len(self.times(i)) for i in items)
 
     def times(self, item):
-        end = min(item.get("end", math.inf), iv3.probe(item["video"])[0])
+        end = min(item.get("end", math.inf), iv3.probe(item["video"]))
         return iv3.sample_times(item.get("start", 0.0), end, item.get("fps", 2.0), item.get("max_frames"),
                                 item.get("pairs", False))
 

@@ -1,4 +1,5 @@
 """Every part of iv3.py against independent oracles; test_parity.py compares the model with transformers'."""
+import copy
 import json
 import os
 import random
@@ -682,7 +683,7 @@ def test_save_and_load_give_the_same_logits(model, prompts, tokenizer, tmp_path)
 
 def test_half_precision_weights_are_half_as_large_and_nearly_equal(model, prompts, tokenizer, tmp_path):
     iv3.save_model(tmp_path / "full", model, tokenizer)
-    iv3.save_model(tmp_path / "half", model, tokenizer, half=True)
+    iv3.save_model(tmp_path / "half", copy.deepcopy(model).half(), tokenizer)
     sizes = [(tmp_path / kind / "weights.pt").stat().st_size for kind in ("half", "full")]
     assert sizes[0] < 0.65 * sizes[1]
     loaded, _ = iv3.load_model(tmp_path / "half")

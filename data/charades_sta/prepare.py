@@ -36,7 +36,7 @@ def convert(made, annotations):
         video, flaw, more = made.find(key), "", {}
         if key not in lengths:
             try:
-                lengths[key] = probe(video)[0]
+                lengths[key] = probe(video)
             except MediaError:
                 lengths[key] = None
         span = sorted((start, end))

@@ -37,7 +37,7 @@ def shown_text(made, video, subtitles):
     from iv3 import MediaError, probe, sample_times
     from mcr_agent import read_subtitles
     try:
-        times = sample_times(0, probe(video)[0], made.preset["fps"], made.preset["max_frames"])
+        times = sample_times(0, probe(video), made.preset["fps"], made.preset["max_frames"])
     except MediaError:  # the row will count as missing
         return ""
     lines = [text for start, end, text in read_subtitles(subtitles) if any((times >= start) & (times < end))]
