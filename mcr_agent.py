@@ -79,7 +79,7 @@ class LiveModel:
         self.temperature, self.seed, self.random = temperature, seed, torch.Generator().manual_seed(seed)
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
-        self.own = self.side = self.dropped = 0      # written by the model; spent outside; forgotten by `rewind`
+        self.prefilled = self.side = 0               # read there, not written by the model; spent outside or forgotten
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -87,17 +87,13 @@ class LiveModel:
         banned += range(len(self.tokenizer), model.cfg.vocab)        # rows of the table that stand for no token
         self.banned = torch.tensor(banned, device=model.device)
 
-    @property
-    def prefilled(self):
-        return self.tokens + self.dropped - self.own
-
     def mark(self):
         """This place in the context, for `rewind`."""
         return self.tokens, self.position
 
     def rewind(self, mark):
         """Forget what came after a mark that the model has read: the cache is truncated. Spent tokens stay spent."""
-        self.dropped, self.side = self.dropped + self.tokens - mark[0], self.side + self.tokens - mark[0]
+        self.side += self.tokens - mark[0]
         (self.tokens, self.position), self.queue = mark, []
         self.cache.truncate(self.tokens)
 
@@ -108,6 +104,7 @@ class LiveModel:
             return False
         self.queue.append((e.ids, e.positions, e.patches, e.grids))
         self.tokens, self.position = self.tokens + len(e.ids), e.next_position
+        self.prefilled += len(e.ids)
         return True
 
     def _write(self, text, ids=None):
@@ -116,6 +113,7 @@ class LiveModel:
         positions = torch.arange(self.position, self.position + len(new)).expand(3, -1)
         self.queue.append((new, positions, self.nothing.patches, self.nothing.grids))
         self.tokens, self.position = self.tokens + len(new), self.position + len(new)
+        self.prefilled += 0 if ids else len(new)
 
     def _flush(self):
         """Run the queue in one forward pass → log-probabilities (V,) of the next token, -inf where banned."""
@@ -132,7 +130,8 @@ class LiveModel:
         own first words must begin. Also ends at a `stop` token or at the deadline (time.monotonic)."""
         self._write("<|im_start|>assistant\n" + opening)
         ends = {self.tokenizer.token_id(s) for s in ("<|im_end|>", "<|endoftext|>")}
-        stops, ids, chances = {self.tokenizer.token_id(s) for s in stop}, [], []
+        stops = {self.tokenizer.token_id(s) for s in stop}
+        ids, chances = self.turn = [], []
         while len(ids) < max_new and not (ids and ids[-1] in stops) and time.monotonic() < deadline:
             logp = self._flush()
             token = int(sample_token(logp[None], self.temperature, self.random)[0])
@@ -142,9 +141,8 @@ class LiveModel:
             if token in ends:
                 break
             ids.append(token)
-            chances.append(logp[token])
+            chances.append(float(logp[token]))
             self._write("", [token])                 # runs with whatever comes next
-        self.turn, self.own = (ids, [float(p) for p in chances]), self.own + len(ids)
         self._write("<|im_end|>\n")
         return opening + self.tokenizer.decode(ids)
 
@@ -154,12 +152,11 @@ class LiveModel:
         this context, which is restored afterwards, or in a separate one that holds only `messages`."""
         if messages is not None:
             return self._beside(messages, 16, room, lambda side: side.score(choices, opening))
-        before = self.tokens, self.position
+        mark, prefilled = self.mark(), self.prefilled
         self._write("<|im_start|>assistant\n" + opening)
         logp = self._flush()
-        self.side += self.tokens - before[0]
-        self.tokens, self.position = before
-        self.cache.truncate(self.tokens)
+        self.rewind(mark)
+        self.prefilled = prefilled
         return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
 
     def ask(self, messages, max_new, room=math.inf):
