@@ -38,9 +38,11 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,26 +191,22 @@ class ModelFailed(UserError):
 def within(deadline, function, *arguments, most=60.0):
     """function(*arguments), given up at the deadline or after `most` seconds: a server that hangs, or a function of the
     user, does not hang the rollout. The thread stays behind."""
-    box, seconds = [], max(0.0, min(most, deadline - time.monotonic()))
+    reply, seconds = Future(), max(0.0, min(most, deadline - time.monotonic()))
 
     def work():
         try:
-            box.append((function(*arguments), None))
+            reply.set_result(function(*arguments))
         except Exception as e:
-            box.append((None, e))
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    need(box, f"no reply in {seconds:g} seconds", TimeoutError)
-    value, error = box[0]
-    if error:
-        raise error
-    return value
+            reply.set_exception(e)
+    threading.Thread(target=work, daemon=True).start()
+    wait([reply], seconds)
+    need(reply.done(), f"no reply in {seconds:g} seconds", TimeoutError)
+    return reply.result()
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The user named one host; frames and the key go nowhere else."""
-    redirect_request = lambda *_: None               # noqa: E731
+    def redirect_request(self, *_):
+        """Nowhere: the user named one host; frames and the key go to no other."""
 
 
 class RemoteModel:
@@ -216,11 +214,11 @@ class RemoteModel:
     as PNG data URLs behind their times. A request holds the whole context (only the server can keep a prefix), a turn
     cannot be opened for the model, choices are asked for, not scored. Tokens are estimates: 4 letters, 256 an image."""
 
-    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0, temperature=0.0, seed=0):
+    def __init__(self, url, name, key="", timeout=60.0, temperature=0.0, seed=0):
         need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
         self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
-        self.temperature, self.seed = temperature, seed
-        self.capacity, self.tokens, self.side, self.prefilled, self.messages = capacity, 0, 0, 0, []
+        self.temperature, self.seed, self.capacity, self.messages = temperature, seed, math.inf, []
+        self.tokens = self.side = self.prefilled = 0
 
     def convert(self, message):
         """→ a message of the API, its tokens. Tool text is quoted in a user turn, as Qwen's chat template does it."""
@@ -241,11 +239,9 @@ class RemoteModel:
 
     def request(self, messages, max_new, deadline=math.inf, **sampling):
         turns = []
-        for m in messages:                           # user turns in a row become one: some servers want no two in a row
-            if turns and turns[-1]["role"] == m["role"]:
-                m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
-            turns.append(m)
-        turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
+        for role, same in groupby(messages, key=lambda m: m["role"]):    # some servers want no two user turns in a row
+            parts = [part for m in same for part in m["content"]]
+            turns.append({"role": role, "content": parts if role == "user" else parts[0]["text"]})
         body = {"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0, **sampling}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -261,7 +257,7 @@ class RemoteModel:
 
     def append(self, message, room=math.inf):
         turn, tokens = self.convert(message)
-        if tokens > min(room, self.capacity - self.tokens):
+        if tokens > room:
             return False
         self.messages.append(turn)
         self.tokens, self.prefilled = self.tokens + tokens, self.prefilled + tokens
@@ -386,8 +382,7 @@ def sanitise(text, limit=2000):
 # ------------------------------------------------------------------------------ subtitles, documents, scenes
 @functools.lru_cache(maxsize=256)
 def read_subtitles(video):
-    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its first subtitle stream. A broken cue
-    is left out."""
+    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its subtitle stream; no broken cues."""
     path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
     text = path.read_text("utf-8-sig", errors="replace") + "\n" if path else ""
     cues, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
@@ -402,16 +397,13 @@ def read_subtitles(video):
 def embedded_subtitles(video):
     """[(start, end, text)] of a file's first subtitle stream: mov_text, SubRip, ASS; pictures of text have no text."""
     cues = []
-    try:
-        with av.open(str(video)) as container:
-            origin = (container.start_time or 0) / av.time_base
-            for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
-                if packet.size and packet.duration:
-                    start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
-                    said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
-                    cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
-    except av.FFmpegError:                           # a damaged file: what was read until then
-        pass
+    with suppress(av.FFmpegError), av.open(str(video)) as container:       # a damaged file: what was read until then
+        origin = (container.start_time or 0) / av.time_base
+        for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
+            if packet.size and packet.duration:
+                start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
+                said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
+                cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
     return cues
 
 
@@ -472,8 +464,7 @@ def captioner(model, prompt=PROMPT):
 
 
 def caption_clips(path, caption, longest=10.0):
-    """→ duration, [(start, end, caption)]. A clip lies between two cuts, or is an equal part of what does, where that
-    is longer than `longest` seconds."""
+    """→ duration, [(start, end, caption)]. Clips: what lies between two cuts, in equal parts of at most `longest` s."""
     duration, clips = probe(path)[0], []
     for start, end in find_scenes(path, 0.0, duration):
         parts = max(1, math.ceil((end - start) / longest - 1e-6))
