@@ -625,9 +625,9 @@ def temporal_grounding(run, query, start=None, end=None):
     return Feedback(f"{exact(start, end)} seconds (score {chance(run.model.likelihood(span[0]))})")
 
 
-def memory_read(run, query=None, start=None, end=None):
-    call_needs(query is not None or start is not None, "memory_read needs a query, or start and end")
-    found = run.memory.find(query, *(() if start is None else (start, end)))
+def memory_read(run, query=None, **window):
+    call_needs(query is not None or window, "memory_read needs a query, or start and end")
+    found = run.memory.find(query, **window)
     return Feedback("\n".join(map(str, found)) or "nothing in memory")
 
 
@@ -725,8 +725,7 @@ def check_call(call, duration, tools=TOOLS):
         arguments["end"] = min(arguments["start"] + 2, duration)
     call_needs(("start" in arguments) == ("end" in arguments), f"{name} needs both start and end")
     if "start" in arguments:
-        span, note = check_window(arguments["start"], arguments["end"], duration)
-        arguments.update(zip(("start", "end"), span))
+        (arguments["start"], arguments["end"]), note = check_window(arguments["start"], arguments["end"], duration)
     fps = arguments.get("fps", FPS)
     call_needs(type(fps) in (int, float) and 0 < fps <= 30, "fps must be a number above 0 and at most 30")
     return Action(name, arguments, note)
@@ -835,8 +834,7 @@ class Rollout:
         item = {**self.item, "start": start, "end": end, "fps": fps}
         times, left = frame_times(start, end, fps), self.budget.frames - len(self.seen)
         if len(times - self.seen) > left:
-            if left < 2:
-                raise Spent("frames")
+            need(left >= 2, "frames", Spent)
             item.update(max_frames=left // 2 * 2, pairs=True)
             times = frame_times(start, end, fps, item["max_frames"], pairs=True)
         self.seen |= times
@@ -870,9 +868,8 @@ class Rollout:
         """Eq. 2: A_{i+1} ~ ρ(A_i | R_i, F_i, Q), the call in R_i. Without one, R_i may answer Q itself."""
         call = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", R, re.S)
         try:
-            A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
-            if call:
-                A = check_call(json.loads(call[1]), self.duration, self.tools)
+            A = (check_call(json.loads(call[1]), self.duration, self.tools) if call else
+                 Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []}))
             call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
             if A.name == "answer" and self.options:
                 named = option_of(A.arguments["text"], self.options)
@@ -909,8 +906,7 @@ class Rollout:
             return self.extend(Feedback(f"error: {sanitise(e, 400)}"))
 
     def tell(self, content):
-        if not self.C.append({"role": "tool", "content": content}, self.room()):
-            raise Spent("tokens")
+        need(self.C.append({"role": "tool", "content": content}, self.room()), "tokens", Spent)
 
     def belief(self):
         """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
@@ -933,10 +929,9 @@ class Rollout:
         return [*self.V, F.window] if F.window else self.V
 
     def run(self):
-        began, exhausted, prior, F = time.monotonic(), self.spent(), {}, Feedback("")
-        if not exhausted:
-            prior = self.route()
-            how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
+        began, exhausted, F = time.monotonic(), self.spent(), Feedback("")
+        prior = {} if exhausted else self.route()
+        how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
                     options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
                     recalled=self.recalled, temperature=getattr(self.model, "temperature", None),
@@ -945,33 +940,27 @@ class Rollout:
             began, frames = time.monotonic(), len(self.seen)
             try:
                 R = self.reason(**how)                                                               # Eq. 1
-            except ModelFailed as e:
-                exhausted = self.failed(e, began)
-                break
-            A = self.act(R)                                                                          # Eq. 2
-            try:
+                A = self.act(R)                                                                      # Eq. 2
                 F = self.feedback(A)                                                                 # Eq. 3
                 F = self.extend(F)                                                                   # Eq. 5
                 self.V = self.look(F)                                                                # Eq. 4
                 exhausted = "" if F.final else self.spent()
             except Spent as e:
                 F, exhausted = Feedback(f"error: no {e} left"), str(e)
+            except ModelFailed as e:
+                A, F, exhausted = Action("", {}), self.failed(e), "model"
             self.step(A, F, began, len(self.seen) - frames)
             how = {}
         if exhausted not in ("", "model"):
-            try:
-                self.force()
-            except ModelFailed as e:
-                self.failed(e, began)
+            self.force()
         result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls, len(self.seen),
                         self.model.tokens + self.model.side, self.model.prefilled, exhausted, prior, self.records)
         self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
         return result
 
-    def failed(self, error, began):
+    def failed(self, error):
         self.thought = ""
-        self.step(Action("", {}), Feedback(f"error: {sanitise(error, 400)}"), began, 0)
-        return "model"
+        return Feedback(f"error: {sanitise(error, 400)}")
 
     def conclude(self, text, evidence):
         self.answer, self.evidence, self.verdict = text, evidence, ("unclear", "not verified")
@@ -982,10 +971,12 @@ class Rollout:
         nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
         self.C.append({"role": "user", "content": self.thought})
-        first = ""
-        if self.options:
-            first = self.options[int(np.argmax(self.model.score(self.options, opening=FORCED)))]
-        R = self.C.generate(64, opening=FORCED, first=first)
+        try:
+            first = self.options[np.argmax(self.model.score(self.options, opening=FORCED))] if self.options else ""
+            R = self.C.generate(64, opening=FORCED, first=first)
+        except ModelFailed as e:
+            self.step(Action("", {}), self.failed(e), began, 0)
+            return
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers
             A = self.act(text[1])
@@ -1011,8 +1002,7 @@ class Rollout:
         text = f"Claim: {sanitise(claim, 400)}\nAnswer support, contradict or unclear."
         try:
             content = [*(self.window(a, b) for a, b in evidence), {"type": "text", "text": text}]
-            message = {"role": "user", "content": content}
-            scores = self.model.score(VERDICTS, messages=[message], room=self.room())
+            scores = self.model.score(VERDICTS, messages=[{"role": "user", "content": content}], room=self.room())
         except (Spent, UserError) as e:
             return "unclear", f"no second look at {listed(evidence)} seconds ({e})"
         p, best = torch.softmax(torch.tensor(scores), 0).max(0)
