@@ -57,8 +57,7 @@ from m2la import UserError
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
 ROUTES = ("global", "speech", "knowledge", "temporal", "fine-grained")          # question types (§3.4)
 VERDICTS = ("support", "contradict", "unclear")
-PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # to leave out, and
-                                                     # the kind of tools that go with it
+PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # part: its tools
 FORCED = '<tool_call>\n{"name": "answer", "arguments": {"text": "'                # how a forced answer begins
 RESERVE = 192                                        # tokens kept back for the forced answer and its prompt
 FPS = 2.0                                            # frames per second of a view that does not say
@@ -1053,7 +1052,7 @@ def read_trace(path):
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
         timeline(records)                            # what the page needs is there too
-        return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
+        return records, "\n".join(map(describe, records))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a trace of this agent ({e})") from e
 
@@ -1088,10 +1087,10 @@ def timeline(records):
                          f'fill="{COLOURS.get(action, "#888")}" fill-opacity=".7"/></a>')
     step = next(s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 1e9) if duration / s <= 12)
     for t in np.arange(0, duration + 1e-6, step).tolist():
-        at = f"{int(t) // 3600}:{int(t) // 60 % 60:02d}:{int(t) % 60:02d}" if duration >= 3600 else (
-            f"{int(t) // 60}:{int(t) % 60:02d}")
+        minutes, seconds = divmod(int(t), 60)
+        at = f"{minutes // 60}:{minutes % 60:02d}" if duration >= 3600 else f"{minutes}"
         parts.append(f'<path d="M{px(t):.1f} {bottom}v5" stroke="#333"/><text x="{px(t):.1f}" y="{bottom + 18}" '
-                     f'text-anchor="middle">{at}</text>')
+                     f'text-anchor="middle">{at}:{seconds:02d}</text>')
     return (f'<svg viewBox="0 0 940 {bottom + 24}" font-size="12" font-family="sans-serif">{"".join(parts)}'
             f'<path d="M130 {bottom}h780" stroke="#333"/></svg>')
 
@@ -1159,30 +1158,24 @@ def main():
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
         sampling = {"temperature": args.temperature, "seed": args.seed}
         if args.url:
-            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
-            asked = live
+            live = asked = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
         else:
             directory = find_model(args.model)
             loaded = open_model(directory)
             live, asked = LiveModel(*loaded, budget.tokens, **sampling), LiveModel(*loaded, 1)
-        if args.trace:
-            Path(args.trace).write_text("")
-
-        def trace(record):
-            print(describe(record), flush=True)
-            if args.trace:
-                with open(args.trace, "a") as file:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
         system, memory = SYSTEM + tools_prompt() * (args.tools_prompt or bool(args.url)), ()
         if args.memory:
             probe(args.video)                        # what is wrong with the file is said before it is captioned
             by = [args.url, args.api_model] if args.url else [str(directory.resolve()), max(
                 f.stat().st_mtime_ns for f in directory.iterdir())]
             memory = build_memory(args.video, args.memory, captioner(asked, args.prompt), [*by, args.prompt])
-        records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
-                            route=args.route, without=args.without, system=system, memory=memory,
-                            trace=trace).trace
+        with open(args.trace or os.devnull, "w", buffering=1) as file:           # a killed run leaves its steps
+            def trace(record):
+                print(describe(record), flush=True)
+                print(json.dumps(record, ensure_ascii=False), file=file)
+            records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
+                                route=args.route, without=args.without, system=system, memory=memory,
+                                trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))
 
