@@ -459,7 +459,8 @@ def _decode(path, start):
 
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
     """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
-    deadline: seconds it may take, by default a minute and the length of the window (an hour of film takes minutes)."""
+    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a minute and
+    the length of the window: an hour of film takes minutes)."""
     duration = probe(path)
     start, end = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     window = f"{start:g}–{end:g} s"

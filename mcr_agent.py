@@ -38,9 +38,11 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +57,7 @@ from m2la import UserError
 SYSTEM = "You are a video agent. Look, listen and search before you answer."
 ROUTES = ("global", "speech", "knowledge", "temporal", "fine-grained")          # question types (§3.4)
 VERDICTS = ("support", "contradict", "unclear")
-PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # to leave out, and
-                                                     # the kind of tools that go with it
+PARTS = {"memory": "memory", "routing": "", "verification": "verification", "zoom": "perceptive"}    # part: its tools
 FORCED = '<tool_call>\n{"name": "answer", "arguments": {"text": "'                # how a forced answer begins
 RESERVE = 192                                        # tokens kept back for the forced answer and its prompt
 FPS = 2.0                                            # frames per second of a view that does not say
@@ -79,7 +80,7 @@ class LiveModel:
         self.temperature, self.seed, self.random = temperature, seed, torch.Generator().manual_seed(seed)
         self.capacity, self.cache = capacity, model.new_cache(1, capacity)
         self.tokens = self.position = 0              # in the context, queued ones too; next MRoPE position
-        self.own = self.side = self.dropped = 0      # written by the model; spent outside; forgotten by `rewind`
+        self.prefilled = self.side = 0               # read there, not written by the model; spent outside or forgotten
         self.queue, self.turn = [], ([], [])         # turn: ids and log-probabilities of the last reply
         self.nothing = processor.encode([])          # what a text has of patches and grids
         allowed = ("<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
@@ -87,17 +88,13 @@ class LiveModel:
         banned += range(len(self.tokenizer), model.cfg.vocab)        # rows of the table that stand for no token
         self.banned = torch.tensor(banned, device=model.device)
 
-    @property
-    def prefilled(self):
-        return self.tokens + self.dropped - self.own
-
     def mark(self):
         """This place in the context, for `rewind`."""
         return self.tokens, self.position
 
     def rewind(self, mark):
         """Forget what came after a mark that the model has read: the cache is truncated. Spent tokens stay spent."""
-        self.dropped, self.side = self.dropped + self.tokens - mark[0], self.side + self.tokens - mark[0]
+        self.side += self.tokens - mark[0]
         (self.tokens, self.position), self.queue = mark, []
         self.cache.truncate(self.tokens)
 
@@ -108,6 +105,7 @@ class LiveModel:
             return False
         self.queue.append((e.ids, e.positions, e.patches, e.grids))
         self.tokens, self.position = self.tokens + len(e.ids), e.next_position
+        self.prefilled += len(e.ids)
         return True
 
     def _write(self, text, ids=None):
@@ -116,6 +114,7 @@ class LiveModel:
         positions = torch.arange(self.position, self.position + len(new)).expand(3, -1)
         self.queue.append((new, positions, self.nothing.patches, self.nothing.grids))
         self.tokens, self.position = self.tokens + len(new), self.position + len(new)
+        self.prefilled += 0 if ids else len(new)
 
     def _flush(self):
         """Run the queue in one forward pass → log-probabilities (V,) of the next token, -inf where banned."""
@@ -132,7 +131,8 @@ class LiveModel:
         own first words must begin. Also ends at a `stop` token or at the deadline (time.monotonic)."""
         self._write("<|im_start|>assistant\n" + opening)
         ends = {self.tokenizer.token_id(s) for s in ("<|im_end|>", "<|endoftext|>")}
-        stops, ids, chances = {self.tokenizer.token_id(s) for s in stop}, [], []
+        stops = {self.tokenizer.token_id(s) for s in stop}
+        ids, chances = self.turn = [], []
         while len(ids) < max_new and not (ids and ids[-1] in stops) and time.monotonic() < deadline:
             logp = self._flush()
             token = int(sample_token(logp[None], self.temperature, self.random)[0])
@@ -142,9 +142,8 @@ class LiveModel:
             if token in ends:
                 break
             ids.append(token)
-            chances.append(logp[token])
+            chances.append(float(logp[token]))
             self._write("", [token])                 # runs with whatever comes next
-        self.turn, self.own = (ids, [float(p) for p in chances]), self.own + len(ids)
         self._write("<|im_end|>\n")
         return opening + self.tokenizer.decode(ids)
 
@@ -154,12 +153,11 @@ class LiveModel:
         this context, which is restored afterwards, or in a separate one that holds only `messages`."""
         if messages is not None:
             return self._beside(messages, 16, room, lambda side: side.score(choices, opening))
-        before = self.tokens, self.position
+        mark, prefilled = self.mark(), self.prefilled
         self._write("<|im_start|>assistant\n" + opening)
         logp = self._flush()
-        self.side += self.tokens - before[0]
-        self.tokens, self.position = before
-        self.cache.truncate(self.tokens)
+        self.rewind(mark)
+        self.prefilled = prefilled
         return [float(logp[first_tokens(self.tokenizer, choice)].logsumexp(0)) for choice in choices]
 
     def ask(self, messages, max_new, room=math.inf):
@@ -192,26 +190,22 @@ class ModelFailed(UserError):
 def within(deadline, function, *arguments, most=60.0):
     """function(*arguments), given up at the deadline or after `most` seconds: a server that hangs, or a function of the
     user, does not hang the rollout. The thread stays behind."""
-    box, seconds = [], max(0.0, min(most, deadline - time.monotonic()))
+    reply, seconds = Future(), max(0.0, min(most, deadline - time.monotonic()))
 
     def work():
         try:
-            box.append((function(*arguments), None))
+            reply.set_result(function(*arguments))
         except Exception as e:
-            box.append((None, e))
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    need(box, f"no reply in {seconds:g} seconds", TimeoutError)
-    value, error = box[0]
-    if error:
-        raise error
-    return value
+            reply.set_exception(e)
+    threading.Thread(target=work, daemon=True).start()
+    wait([reply], seconds)
+    need(reply.done(), f"no reply in {seconds:g} seconds", TimeoutError)
+    return reply.result()
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The user named one host; frames and the key go nowhere else."""
-    redirect_request = lambda *_: None               # noqa: E731
+    def redirect_request(self, *_):
+        """Nowhere: the user named one host; frames and the key go to no other."""
 
 
 class RemoteModel:
@@ -219,11 +213,11 @@ class RemoteModel:
     as PNG data URLs behind their times. A request holds the whole context (only the server can keep a prefix), a turn
     cannot be opened for the model, choices are asked for, not scored. Tokens are estimates: 4 letters, 256 an image."""
 
-    def __init__(self, url, name, key="", capacity=2 ** 40, timeout=60.0, temperature=0.0, seed=0):
+    def __init__(self, url, name, key="", timeout=60.0, temperature=0.0, seed=0):
         need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
         self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
-        self.temperature, self.seed = temperature, seed
-        self.capacity, self.tokens, self.side, self.prefilled, self.messages = capacity, 0, 0, 0, []
+        self.temperature, self.seed, self.capacity, self.messages = temperature, seed, math.inf, []
+        self.tokens = self.side = self.prefilled = 0
 
     def convert(self, message):
         """→ a message of the API, its tokens. Tool text is quoted in a user turn, as Qwen's chat template does it."""
@@ -244,11 +238,9 @@ class RemoteModel:
 
     def request(self, messages, max_new, deadline=math.inf, **sampling):
         turns = []
-        for m in messages:                           # user turns in a row become one: some servers want no two in a row
-            if turns and turns[-1]["role"] == m["role"]:
-                m = {"role": m["role"], "content": turns.pop()["content"] + m["content"]}
-            turns.append(m)
-        turns = [m if m["role"] == "user" else {**m, "content": m["content"][0]["text"]} for m in turns]
+        for role, same in groupby(messages, key=lambda m: m["role"]):    # some servers want no two user turns in a row
+            parts = [part for m in same for part in m["content"]]
+            turns.append({"role": role, "content": parts if role == "user" else parts[0]["text"]})
         body = {"model": self.name, "messages": turns, "max_tokens": max_new, "temperature": 0, **sampling}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -264,7 +256,7 @@ class RemoteModel:
 
     def append(self, message, room=math.inf):
         turn, tokens = self.convert(message)
-        if tokens > min(room, self.capacity - self.tokens):
+        if tokens > room:
             return False
         self.messages.append(turn)
         self.tokens, self.prefilled = self.tokens + tokens, self.prefilled + tokens
@@ -389,8 +381,7 @@ def sanitise(text, limit=2000):
 # ------------------------------------------------------------------------------ subtitles, documents, scenes
 @functools.lru_cache(maxsize=256)
 def read_subtitles(video):
-    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its first subtitle stream. A broken cue
-    is left out."""
+    """[(start, end, text)] of the .srt or .vtt file beside the video, else of its subtitle stream; no broken cues."""
     path = next((p for p in (Path(video).with_suffix(s) for s in (".srt", ".vtt")) if p.is_file()), None)
     text = path.read_text("utf-8-sig", errors="replace") + "\n" if path else ""
     cues, stamp = [], r"[^\S\n]*(?:(\d+):)?(\d+):(\d+(?:[.,]\d+)?)[^\S\n]*"
@@ -405,16 +396,13 @@ def read_subtitles(video):
 def embedded_subtitles(video):
     """[(start, end, text)] of a file's first subtitle stream: mov_text, SubRip, ASS; pictures of text have no text."""
     cues = []
-    try:
-        with av.open(str(video)) as container:
-            origin = (container.start_time or 0) / av.time_base
-            for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
-                if packet.size and packet.duration:
-                    start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
-                    said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
-                    cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
-    except av.FFmpegError:                           # a damaged file: what was read until then
-        pass
+    with suppress(av.FFmpegError), av.open(str(video)) as container:       # a damaged file: what was read until then
+        origin = (container.start_time or 0) / av.time_base
+        for packet in container.demux(container.streams.subtitles[0]) if container.streams.subtitles else ():
+            if packet.size and packet.duration:
+                start, seconds = (float(t * packet.time_base) for t in (packet.pts, packet.duration))
+                said = b" ".join(getattr(part, "dialogue", b"") for part in packet.decode())
+                cues.append((start - origin, start - origin + seconds, said.decode(errors="replace")))
     return cues
 
 
@@ -475,8 +463,7 @@ def captioner(model, prompt=PROMPT):
 
 
 def caption_clips(path, caption, longest=10.0):
-    """→ duration, [(start, end, caption)]. A clip lies between two cuts, or is an equal part of what does, where that
-    is longer than `longest` seconds."""
+    """→ duration, [(start, end, caption)]. Clips: what lies between two cuts, in equal parts of at most `longest` s."""
     duration, clips = probe(path), []
     for start, end in find_scenes(path, 0.0, duration):
         parts = max(1, math.ceil((end - start) / longest - 1e-6))
@@ -637,9 +624,9 @@ def temporal_grounding(run, query, start=None, end=None):
     return Feedback(f"{exact(start, end)} seconds (score {chance(run.model.likelihood(span[0]))})")
 
 
-def memory_read(run, query=None, start=None, end=None):
-    call_needs(query is not None or start is not None, "memory_read needs a query, or start and end")
-    found = run.memory.find(query, *(() if start is None else (start, end)))
+def memory_read(run, query=None, **window):
+    call_needs(query is not None or window, "memory_read needs a query, or start and end")
+    found = run.memory.find(query, **window)
     return Feedback("\n".join(map(str, found)) or "nothing in memory")
 
 
@@ -737,8 +724,7 @@ def check_call(call, duration, tools=TOOLS):
         arguments["end"] = min(arguments["start"] + 2, duration)
     call_needs(("start" in arguments) == ("end" in arguments), f"{name} needs both start and end")
     if "start" in arguments:
-        span, note = check_window(arguments["start"], arguments["end"], duration)
-        arguments.update(zip(("start", "end"), span))
+        (arguments["start"], arguments["end"]), note = check_window(arguments["start"], arguments["end"], duration)
     fps = arguments.get("fps", FPS)
     call_needs(type(fps) in (int, float) and 0 < fps <= 30, "fps must be a number above 0 and at most 30")
     return Action(name, arguments, note)
@@ -847,8 +833,7 @@ class Rollout:
         item = {**self.item, "start": start, "end": end, "fps": fps}
         times, left = frame_times(start, end, fps), self.budget.frames - len(self.seen)
         if len(times - self.seen) > left:
-            if left < 2:
-                raise Spent("frames")
+            need(left >= 2, "frames", Spent)
             item.update(max_frames=left // 2 * 2, pairs=True)
             times = frame_times(start, end, fps, item["max_frames"], pairs=True)
         self.seen |= times
@@ -882,9 +867,8 @@ class Rollout:
         """Eq. 2: A_{i+1} ~ ρ(A_i | R_i, F_i, Q), the call in R_i. Without one, R_i may answer Q itself."""
         call = re.search(r"<tool_call>(.*?)(?:</tool_call>|$)", R, re.S)
         try:
-            A = Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []})
-            if call:
-                A = check_call(json.loads(call[1]), self.duration, self.tools)
+            A = (check_call(json.loads(call[1]), self.duration, self.tools) if call else
+                 Action("answer", {"text": R.rpartition("</think>")[2].strip(), "evidence": []}))
             call_needs(call or 0 < len(A.arguments["text"]) <= 300, "no <tool_call> in this turn")
             if A.name == "answer" and self.options:
                 named = option_of(A.arguments["text"], self.options)
@@ -921,8 +905,7 @@ class Rollout:
             return self.extend(Feedback(f"error: {sanitise(e, 400)}"))
 
     def tell(self, content):
-        if not self.C.append({"role": "tool", "content": content}, self.room()):
-            raise Spent("tokens")
+        need(self.C.append({"role": "tool", "content": content}, self.room()), "tokens", Spent)
 
     def belief(self):
         """The compact belief summary of §3.4: hypothesis, evidence, candidate times, what is open."""
@@ -945,10 +928,9 @@ class Rollout:
         return [*self.V, F.window] if F.window else self.V
 
     def run(self):
-        began, exhausted, prior, F = time.monotonic(), self.spent(), {}, Feedback("")
-        if not exhausted:
-            prior = self.route()
-            how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
+        began, exhausted, F = time.monotonic(), self.spent(), Feedback("")
+        prior = {} if exhausted else self.route()
+        how = {"opening": "<think>", "first": max(prior, key=prior.get)} if prior else {}
         self.record("start", began, video=self.video, duration=self.duration, question=self.question,
                     options=self.options, route=prior, budget=asdict(self.budget), frames=len(self.seen),
                     recalled=self.recalled, temperature=getattr(self.model, "temperature", None),
@@ -957,33 +939,27 @@ class Rollout:
             began, frames = time.monotonic(), len(self.seen)
             try:
                 R = self.reason(**how)                                                               # Eq. 1
-            except ModelFailed as e:
-                exhausted = self.failed(e, began)
-                break
-            A = self.act(R)                                                                          # Eq. 2
-            try:
+                A = self.act(R)                                                                      # Eq. 2
                 F = self.feedback(A)                                                                 # Eq. 3
                 F = self.extend(F)                                                                   # Eq. 5
                 self.V = self.look(F)                                                                # Eq. 4
                 exhausted = "" if F.final else self.spent()
             except Spent as e:
                 F, exhausted = Feedback(f"error: no {e} left"), str(e)
+            except ModelFailed as e:
+                A, F, exhausted = Action("", {}), self.failed(e), "model"
             self.step(A, F, began, len(self.seen) - frames)
             how = {}
         if exhausted not in ("", "model"):
-            try:
-                self.force()
-            except ModelFailed as e:
-                self.failed(e, began)
+            self.force()
         result = Result(self.answer, self.evidence, self.confidence, self.verdict[0], self.calls, len(self.seen),
                         self.model.tokens + self.model.side, self.model.prefilled, exhausted, prior, self.records)
         self.record("end", **{k: v for k, v in vars(result).items() if k not in ("route", "trace")})
         return result
 
-    def failed(self, error, began):
+    def failed(self, error):
         self.thought = ""
-        self.step(Action("", {}), Feedback(f"error: {sanitise(error, 400)}"), began, 0)
-        return "model"
+        return Feedback(f"error: {sanitise(error, 400)}")
 
     def conclude(self, text, evidence):
         self.answer, self.evidence, self.verdict = text, evidence, ("unclear", "not verified")
@@ -994,10 +970,12 @@ class Rollout:
         nothing, the answer stays as it was."""
         began, self.thought = time.monotonic(), "Answer now."
         self.C.append({"role": "user", "content": self.thought})
-        first = ""
-        if self.options:
-            first = self.options[int(np.argmax(self.model.score(self.options, opening=FORCED)))]
-        R = self.C.generate(64, opening=FORCED, first=first)
+        try:
+            first = self.options[np.argmax(self.model.score(self.options, opening=FORCED))] if self.options else ""
+            R = self.C.generate(64, opening=FORCED, first=first)
+        except ModelFailed as e:
+            self.step(Action("", {}), self.failed(e), began, 0)
+            return
         A, text = self.act(R), re.search(r'"text": "([^"\n]+)"', R)
         if A.name != "answer" and text:              # damaged after its text: the text still answers
             A = self.act(text[1])
@@ -1023,8 +1001,7 @@ class Rollout:
         text = f"Claim: {sanitise(claim, 400)}\nAnswer support, contradict or unclear."
         try:
             content = [*(self.window(a, b) for a, b in evidence), {"type": "text", "text": text}]
-            message = {"role": "user", "content": content}
-            scores = self.model.score(VERDICTS, messages=[message], room=self.room())
+            scores = self.model.score(VERDICTS, messages=[{"role": "user", "content": content}], room=self.room())
         except (Spent, UserError) as e:
             return "unclear", f"no second look at {listed(evidence)} seconds ({e})"
         p, best = torch.softmax(torch.tensor(scores), 0).max(0)
@@ -1075,7 +1052,7 @@ def read_trace(path):
     try:
         records = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
         timeline(records)                            # what the page needs is there too
-        return records, describe(records[0]) + "".join("\n" + describe(r) for r in records[1:])
+        return records, "\n".join(map(describe, records))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a trace of this agent ({e})") from e
 
@@ -1110,10 +1087,10 @@ def timeline(records):
                          f'fill="{COLOURS.get(action, "#888")}" fill-opacity=".7"/></a>')
     step = next(s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 1e9) if duration / s <= 12)
     for t in np.arange(0, duration + 1e-6, step).tolist():
-        at = f"{int(t) // 3600}:{int(t) // 60 % 60:02d}:{int(t) % 60:02d}" if duration >= 3600 else (
-            f"{int(t) // 60}:{int(t) % 60:02d}")
+        minutes, seconds = divmod(int(t), 60)
+        at = f"{minutes // 60}:{minutes % 60:02d}" if duration >= 3600 else f"{minutes}"
         parts.append(f'<path d="M{px(t):.1f} {bottom}v5" stroke="#333"/><text x="{px(t):.1f}" y="{bottom + 18}" '
-                     f'text-anchor="middle">{at}</text>')
+                     f'text-anchor="middle">{at}:{seconds:02d}</text>')
     return (f'<svg viewBox="0 0 940 {bottom + 24}" font-size="12" font-family="sans-serif">{"".join(parts)}'
             f'<path d="M130 {bottom}h780" stroke="#333"/></svg>')
 
@@ -1181,30 +1158,25 @@ def main():
         budget = Budget(**{name: getattr(args, name) for name in asdict(Budget())})
         sampling = {"temperature": args.temperature, "seed": args.seed}
         if args.url:
-            live = RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
-            asked = live
+            live, asked = (RemoteModel(args.url, args.api_model, os.environ.get("MCR_API_KEY", ""), **sampling)
+                           for _ in range(2))        # captions are not the rollout's tokens
         else:
             directory = find_model(args.model)
             loaded = open_model(directory)
             live, asked = LiveModel(*loaded, budget.tokens, **sampling), LiveModel(*loaded, 1)
-        if args.trace:
-            Path(args.trace).write_text("")
-
-        def trace(record):
-            print(describe(record), flush=True)
-            if args.trace:
-                with open(args.trace, "a") as file:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
         system, memory = SYSTEM + tools_prompt() * (args.tools_prompt or bool(args.url)), ()
         if args.memory:
             probe(args.video)                        # what is wrong with the file is said before it is captioned
             by = [args.url, args.api_model] if args.url else [str(directory.resolve()), max(
                 f.stat().st_mtime_ns for f in directory.iterdir())]
             memory = build_memory(args.video, args.memory, captioner(asked, args.prompt), [*by, args.prompt])
-        records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
-                            route=args.route, without=args.without, system=system, memory=memory,
-                            trace=trace).trace
+        with open(args.trace or os.devnull, "w", buffering=1) as file:           # a killed run leaves its steps
+            def trace(record):
+                print(describe(record), flush=True)
+                print(json.dumps(record, ensure_ascii=False), file=file)
+            records = run_agent(live, args.video, args.question, args.options, budget=budget, facts=args.facts,
+                                route=args.route, without=args.without, system=system, memory=memory,
+                                trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))
 
