@@ -627,6 +627,17 @@ def test_the_command_asks_the_model_behind_the_url(clip, tmp_path, server, monke
     assert [(r[2]["temperature"], r[2].get("seed")) for r in server.requests[2:]] == [(0.7, 3)] * 2 + [(0, None)]
 
 
+def test_captions_by_a_url_are_not_the_rollouts_tokens(clip, tmp_path, server, monkeypatch, capsys):
+    spent = []
+    for _ in range(2):                                                   # the second run has its captions already
+        before = len(server.requests)
+        code, out, _ = run_main(monkeypatch, capsys, clip, "What is it?", "--url", server.url, "--api-model", "big",
+                                "--coarse", 4, "--calls", 2, "--memory", tmp_path, "--trace", tmp_path / "t.jsonl")
+        end = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[-1])
+        spent.append((end["tokens"], len(server.requests) - before))
+    assert code == 0 and spent[0][0] == spent[1][0] and spent[0][1] > spent[1][1] > 0
+
+
 @pytest.mark.parametrize("reply, reason", [
     (500, "HTTP Error 500"), (307, "HTTP Error 307"), (b"<html>", "JSONDecodeError"), (b"[]", "TypeError"),
     (b'{"choices": []}', "IndexError"), (b'{"choices": [{"message": {"content": 5}}]}', "TypeError"),
