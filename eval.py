@@ -89,8 +89,8 @@ def first_capital(text):
 
 def before_bracket(text):
     """MLVU: the character before the first ")", or all of the text, is exactly the letter."""
-    at = text.find(")")
-    return text if at < 0 else text[max(0, at - 1):at]
+    before, bracket, _ = text.partition(")")
+    return before[-1:] if bracket else text
 
 
 def polished(text):
@@ -149,18 +149,15 @@ def wilson(hits, n, z=1.96):
     return [max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))]
 
 
-def interval(values, clusters=None, seed=0, draws=2000):
+def interval(values, clusters, seed=0, draws=2000):
     """95 % interval of a mean (values (n,)) or of a ratio of sums (values (n,2): numerator, denominator). Clusters, one
-    name per value, are resampled whole. Without clusters: Wilson for 0/1 values, else each value is its own cluster."""
+    name per value, are resampled whole."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         return None
-    binary = values.ndim == 1 and np.isin(values, (0, 1)).all()
-    if clusters is None and binary:
-        return wilson(values.sum(), len(values))
-    _, index = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
+    _, index = np.unique(clusters, return_inverse=True)
     count = int(index.max()) + 1
-    if binary and values.min() == values.max():
+    if values.ndim == 1 and values[0] in (0, 1) and (values == values[0]).all():
         return wilson(values[0] * count, count)                              # all alike: the evidence is n clips
     sums = np.zeros((count, 2))
     np.add.at(sums, index, values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1))
@@ -171,9 +168,8 @@ def interval(values, clusters=None, seed=0, draws=2000):
 
 def figure(name, values, rows, seed=0):
     """{name, name_n, name_ci}: the layout of results.json, a plain number with its n and interval beside it."""
-    clusters = [clip_of(row) for row in rows]
     return {name: float(np.mean(values)) if len(values) else None, f"{name}_n": len(values),
-            f"{name}_ci": interval(values, clusters, seed)}
+            f"{name}_ci": interval(values, [clip_of(row) for row in rows], seed)}
 
 
 def by_kind(values, rows):
@@ -471,9 +467,8 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, s
     results = [known.get(row["id"]) for row in rows]
     for i, result in sum((list(part.items()) for part in gather(own)), []):
         results[i] = result
-    lost = [(row, {"text": None}) for row, result in zip(rows, results) if result is None]
-    if log and lost and rank() == 0:
-        log.add(name, lost)
+    if log and rank() == 0:
+        log.add(name, [(row, {"text": None}) for row, result in zip(rows, results) if result is None])
     made = {row["id"]: {key: result[key] for key in ("frames", "tokens")} for row, result in zip(rows, results)
             if result}
     if stats is not None and made:
@@ -811,14 +806,13 @@ def render(results):
     stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
     rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
-    single = [(s, k) for s, k in (("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
-                                  ("opd", "gap_closed")) if k in results.get(s, {})]
+    single = [("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"), ("opd", "gap_closed")]
     agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit", "evidence_overlap")),
               *(block.get(k, "") for k in ("mended", "broken", "forced", "direct_n"))]
              for group, block in results.get("agent", {}).items()]
     parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
              ("losses in nats per answer token", ["figure", "value"],
-              [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
+              [[f"{s} {k}", cell(results[s], k)] for s, k in single if k in results.get(s, {})]),
              ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
               "the evidence (IoU from .3 on) or just touches it; verification mended, broke so many answers",
               ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
