@@ -590,20 +590,20 @@ class SampleLog:
                 need(old.get(key) == value, f"{self.path}: was made with {key} {old.get(key)}, this run has {value}; "
                                             "use the same or give another --out")
         gather(None)                                                                     # all have read
-        once(self._write)
+        once(lambda: self._write(self.records))
         self.own = self.path.with_name(f"{self.path.name}.part{rank()}") if rank() else self.path
 
-    def _write(self):
+    def _write(self, records):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"settings": self.settings}, *(self.records[key] for key in sorted(self.records))]
+        lines = [{"settings": self.settings}, *(records[key] for key in sorted(records))]
         iv3.write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
         for part in sample_files(self.path)[1:]:
             part.unlink()
 
     def known(self, name):
         """{id: record} of a pass. What could not be read then is tried again."""
-        own = {id: record for (n, id), record in self.records.items() if n == name}
-        return {id: record for id, record in own.items() if record.get("text", "") is not None}
+        return {id: record for (made, id), record in self.records.items()
+                if made == name and record.get("text", "") is not None}
 
     def add(self, name, results):
         """Append [(row, {text | nats, …})], whole lines in one write."""
@@ -620,21 +620,19 @@ class SampleLog:
 
     def finish(self):
         gather(None)                                                                     # all have written
-        self.records = read_samples(self.path)[1]
-        gather(None)                                                                     # and read
-        once(self._write)
+        once(lambda: self._write(read_samples(self.path)[1]))
 
 
 def stage_samples(directory):
-    """{id: row with `text` (if stored) and `reward`} of the test items of a recipe's stage, from its scores.json."""
+    """{id: row with kind, clip, root, text, reward} of the test items of a recipe's stage, from its scores.json."""
     scores, samples = iv3.read_json(Path(directory) / "scores.json"), {}
     for part in (scores[length] for length in ("short", "long") if length in scores):
         data = Path(part["meta"]["data"])
         data = data if data.is_file() else Path(directory).parent / "data" / data.name   # a run that was moved
         for row in iv3.load_rows(data):
-            if row["id"] in part["items"]:
-                samples[row["id"]] = {**row, "root": data.parent, "reward": part["items"][row["id"]]} | (
-                    {"text": part["texts"][row["id"]]} if "texts" in part else {})
+            if (id := row["id"]) in part["items"]:
+                samples[id] = {"kind": row["task"], **row, "clip": clip_of(row), "root": data.parent,
+                               "text": part["texts"][id], "reward": part["items"][id]}
     return samples
 
 
@@ -642,8 +640,7 @@ def compared(path):
     """{id: {task, kind, clip, reward}}: one side of --compare. FILE:direct is an agent run's direct answers."""
     path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent))?", str(path)).groups()
     if (Path(path) / "scores.json").is_file():
-        rows = stage_samples(path)
-        return {id: {**row, "kind": row.get("kind", row["task"]), "clip": clip_of(row)} for id, row in rows.items()}
+        return stage_samples(path)
     records = read_samples(path)[1]
     name = name or ("agent" if any(key[0] == "agent" for key in records) else "answers")
     return {id: record for (made, id), record in records.items() if made == name}
@@ -1483,10 +1480,10 @@ def conversion_part(bench, images):
                 [[plain(f"{v:.3f}" if isinstance(v, float) else v) for v in line] for line in lines])
 
 
-def picked_items(samples, count=5, seed=0):
-    """A seeded choice of right and wrong answers in turn, each of another kind where there is one."""
-    ids, picked = list(np.random.default_rng(seed).permutation(sorted(samples))), []
-    for n in range(min(count, len(ids))):
+def picked_items(samples):
+    """A seeded choice of five right and wrong answers in turn, each of another kind where there is one."""
+    ids, picked = list(np.random.default_rng(0).permutation(sorted(samples))), []
+    for n in range(min(5, len(ids))):
         kinds = {samples[id]["kind"] for id in picked}
         picked.append(min((id for id in ids if id not in picked), key=lambda id: (
             (samples[id]["reward"] >= 0.5) != (n % 2 == 0), samples[id]["kind"] in kinds)))
@@ -1521,7 +1518,7 @@ def item_part(number, row, images):
 
 def report_parts(run, images):
     """The report as markdown blocks; the pictures that it names go into `images`."""
-    metrics, rows = read_metrics(run), []
+    metrics = read_metrics(run)
     rows = list(recipe_rows(run, metrics))
     need(rows or metrics, f"--report {run}: no run is there (no metrics.jsonl); `python train.py --out {run}` is one")
     yield f"# {plain(run.resolve().name)}"
@@ -1553,13 +1550,13 @@ def report_parts(run, images):
     yield "## Five test items"
     stages = [stage for stage in reversed(iv3.STAGES) if (run / stage / "scores.json").is_file()]
     samples = stage_samples(run / stages[0]) if stages else {}
-    if not samples or any("text" not in row for row in samples.values()):
+    if not samples:
         yield "No predictions are stored: the recipe keeps them in the scores.json of each stage from SFT short on."
         return
     right = sum(row["reward"] >= 0.5 for row in samples.values())
     yield (f"Right and wrong answers of `{stages[0]}` in turn, a seeded choice: {right} of {len(samples)} are right, "
            "with a reward of 1 or an IoU of 0.5 or more.")
-    for number, row in enumerate(picked_items({id: {"kind": row["task"], **row} for id, row in samples.items()})):
+    for number, row in enumerate(picked_items(samples)):
         try:
             yield from item_part(number, row, images)
         except iv3.MediaError as e:
@@ -1568,26 +1565,22 @@ def report_parts(run, images):
 
 def html_page(markdown, images):
     """Our own report as one self-contained page: headings, tables, paragraphs, pictures and `code` of its markdown."""
-    def inline(text):
-        def picture(m):
-            kind = "svg+xml" if m[2].endswith("svg") else "png"
-            data = base64.b64encode(images[Path(m[2]).name]).decode()
-            return f'<img alt="{m[1]}" src="data:image/{kind};base64,{data}">'
-        return re.sub("`([^`]+)`", r"<code>\1</code>", re.sub(r"!\[([^]]*)\]\(([^)]+)\)", picture, text))
-    parts = []
-    for block in markdown.split("\n\n"):
+    def picture(m):
+        kind = "svg+xml" if m[2].endswith("svg") else "png"
+        data = base64.b64encode(images[Path(m[2]).name]).decode()
+        return f'<img alt="{m[1]}" src="data:image/{kind};base64,{data}">'
+    text, parts = re.sub(r"!\[([^]]*)\]\(([^)]+)\)", picture, markdown), []
+    for block in re.sub("`([^`]+)`", r"<code>\1</code>", text).split("\n\n"):
         if block.startswith("#"):
             level = len(block) - len(block.lstrip("#"))
-            parts.append(f"<h{level}>{inline(block.lstrip('# '))}</h{level}>")
+            parts.append(f"<h{level}>{block.lstrip('# ')}</h{level}>")
         elif block.startswith("|"):
-            lines = [[inline(cell.strip()) for cell in line[1:-1].split("|")] for line in block.splitlines()]
-            for n, line in enumerate(lines[:1] + lines[2:]):
-                tag = "td" if n else "th"
-                row = "".join(f"<{tag}>{cell}</{tag}>" for cell in line)
-                parts.append(f"{'' if n else '<table>'}<tr>{row}")
+            head, _, *lines = block.splitlines()
+            for start, tag, line in ("<table><tr>", "th", head), *(("<tr>", "td", line) for line in lines):
+                parts.append(start + "".join(f"<{tag}>{cell.strip()}</{tag}>" for cell in line[1:-1].split("|")))
             parts.append("</table>")
         else:
-            parts.append(f"<p>{inline(block)}</p>")
+            parts.append(f"<p>{block}</p>")
     title = re.sub("<[^>]+>", "", parts[0])
     return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts)
 
