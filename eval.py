@@ -724,25 +724,23 @@ def direct_row(row):
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def direct_answers(model, processor, rows, root, batch_size=32, max_new=48, log=None):
+def direct_answers(model, processor, rows, root, batch_size=32, max_new=None, log=None):
     """The model's own texts for rows that an agent can be measured on."""
     for row in rows:
         official = row["task"] == "mcq" and "preset" in row
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
-        if not official and (row["task"] != "mcr" or absent):
-            wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
-            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence, "
-                            "and a benchmark's rows")
+        wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" and absent else f"is of task '{row['task']}'"
+        need(official or row["task"] == "mcr" and not absent, f"row {row['id']} {wrong}: --agent takes mcr rows that "
+             "name their frames and evidence, and a benchmark's rows")
     return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct", log=log)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, batch_size=32, max_new=48, seed=0,
-                   log=None, without=(), direct=None):
+def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=None, without=(), direct=None):
     """{unseen, seen, official: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, groups, mended,
     broken, forced, frames, missing}}: the MCR agent, `without` some of its parts, against the same model answering
     directly (with the texts `direct`), on the same rows with the same number of frames. mended, broken: what
     verification made right, wrong. `official`: a benchmark's rows; evidence figures are over those that name some."""
-    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new, log)
+    direct = direct or direct_answers(model, processor, rows, root, log=log)
     own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
     for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
         start = time.perf_counter()
@@ -758,21 +756,20 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, batch_size=32, 
         part = [i for i, name in enumerate(groups) if name == group]
         if part:
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
-            values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
-                      "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      **{f"evidence_{how}": [out[how] for out in ran if out[how] is not None]
-                         for how in ("hit", "overlap")}}
-            shown = [row for row, out in zip(mine, ran) if out["hit"] is not None]
-            about = {name: shown if name.startswith("evidence") else mine for name in values}
-            change = Counter(b - mcq_reward(out["first"], row)
-                             for out, row, b in zip(ran, mine, values["agentic"]))
-            result[group] = {"kinds": {name: by_kind(v, about[name]) for name, v in values.items()},
-                             "groups": {name: by_group(v, about[name]) for name, v in values.items()},
+            agentic = [mcq_reward(out["text"], row) for out, row in zip(ran, mine)]
+            change = Counter(b - mcq_reward(out["first"], row) for out, row, b in zip(ran, mine, agentic))
+            cited = [i for i in part if outs[i]["hit"] is not None]
+            shown = [rows[i] for i in cited]
+            values = {"direct": ([mcq_reward(direct[i], rows[i]) for i in part], mine), "agentic": (agentic, mine),
+                      "evidence_hit": ([outs[i]["hit"] for i in cited], shown),
+                      "evidence_overlap": ([outs[i]["overlap"] for i in cited], shown)}
+            result[group] = {"kinds": {name: by_kind(*v) for name, v in values.items()},
+                             "groups": {name: by_group(*v) for name, v in values.items()},
                              "forced": sum(out["forced"] for out in ran), "mended": change[1.0], "broken": change[-1.0],
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
-                result[group] |= figure(name, v, about[name], seed)
+                result[group] |= figure(name, *v, seed)
     return result
 
 
@@ -1613,7 +1610,20 @@ def run_data(args):
     directory, rows = iv3.find_model(args.model), pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
     model, processor = iv3.open_model(directory)
     log = args.out and SampleLog(args.out, settings_of(args, rows, model, directory), args.resume)
-    result = score_data(args, rows, model, processor, directory, log)
+    if args.agent:
+        root = Path(args.data).parent
+        direct = direct_answers(model, processor, rows, root, args.batch, args.max_new, log)
+        run = functools.partial(evaluate_agent, model, processor, rows, root, args.facts, args.seed, direct=direct)
+        result = {"agent": run(log=log), "ablations": {}}
+        for part in mcr_agent.PARTS if args.ablate else ():
+            result["ablations"][f"no {part}"] = run(without=[part])
+        print(render({"agent": result["agent"]}))
+        print(f"\n{render_agents({'full': result['agent'], **result['ablations']})}")
+        result["meta"] = {"data": args.data, **describe(model, rows, {}, args.seed, directory)}
+    else:
+        result = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
+                          args.seed, directory, log)
+        print(render_scores(result))
     if log:
         log.finish()
         print(f"{log.path}: a record of every sample")
@@ -1627,24 +1637,6 @@ def settings_of(args, rows, model, directory):
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
     return {"data": args.data, "rows_hash": content, "model": str(directory), "weights_sum": bits,
             **{key: getattr(args, key) for key in ("agent", "facts", "limit", "batch", "max_new", "seed")}}
-
-
-def score_data(args, rows, model, processor, directory, log):
-    if not args.agent:
-        scores = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
-                          args.seed, directory, log)
-        print(render_scores(scores))
-        return scores
-    root, parts = Path(args.data).parent, mcr_agent.PARTS if args.ablate else ()
-    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new, log), {}
-    for name in (None, *parts):
-        agents[f"no {name}" if name else "full"] = evaluate_agent(
-            model, processor, rows, root, args.facts, seed=args.seed, log=None if name else log,
-            without=[name] if name else (), direct=direct)
-    print(render({"agent": agents["full"]}))
-    print(f"\n{render_agents(agents)}")
-    result = {"agent": agents.pop("full"), "ablations": agents}
-    return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
 
 BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion,
