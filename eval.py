@@ -383,8 +383,7 @@ def once(action):
     """Run action() on process 0 while the others wait: for whatever writes files."""
     if rank() == 0:
         action()
-    if world() > 1:
-        dist.barrier()
+    gather(None)
 
 
 def command(script, *flags):
@@ -895,9 +894,8 @@ def decode_models(cfg, attention_only, device, dtype):
                 layer.self_attn.__class__ = EagerGQA if kind == "gqa_eager" else type(layer.self_attn)
             if attention_only:
                 model.lm_head = model.language_model.embed_tokens = None
-    need, free = sum(p.nbytes for p in models["m2la"].parameters()) / 1e9, free_memory(device)
-    if need > free:
-        raise UserError(f"the weights need {need:.1f} GB, {free:.1f} are free: use fewer --layers or --attention-only")
+    gb, free = sum(p.nbytes for p in models["m2la"].parameters()) / 1e9, free_memory(device)
+    need(gb <= free, f"the weights need {gb:.1f} GB, {free:.1f} are free: use fewer --layers or --attention-only")
     for p in models["m2la"].to_empty(device=device).parameters():
         p.normal_(std=0.02)
     for layer in models["m2la"].language_model.layers:
@@ -964,30 +962,30 @@ def decode_row(models, context, steps, device, copied):
     that does not fit alone is left out, with a line that says so. `copied`: GB/s of a copy, the limit of any step."""
     cfg, size = models["gqa"].cfg, models["gqa"].language_model.norm.weight.element_size()
     kv = 2 * cfg.kv_heads * cfg.head_dim * context * size / 1e9                  # GB in a layer
-    need = {"m2la": kv * cfg.layers / 2, "gqa": kv * cfg.layers,
-            "gqa_eager": kv * (cfg.layers + 1 + cfg.heads / cfg.kv_heads)}       # and the copies of one layer
+    gb = {"m2la": kv * cfg.layers / 2, "gqa": kv * cfg.layers,
+          "gqa_eager": kv * (cfg.layers + 1 + cfg.heads / cfg.kv_heads)}         # and the copies of one layer
     free, times = 0.95 * free_memory(device), {}
-    fit = [kind for kind in need if need[kind] <= free]
-    for kind in need:
+    fit = [kind for kind in gb if gb[kind] <= free]
+    for kind in gb:
         if kind not in fit:
-            print(f"context {context}: no {kind}: its cache needs {need[kind]:.1f} GB, {free:.1f} are free")
-    for group in [fit] if sum(need[kind] for kind in fit) <= free else [[kind] for kind in fit]:
+            print(f"context {context}: no {kind}: its cache needs {gb[kind]:.1f} GB, {free:.1f} are free")
+    for group in [fit] if sum(gb[kind] for kind in fit) <= free else [[kind] for kind in fit]:
         runs = {kind: decode_step(models[kind], context, kind == "gqa_eager") for kind in group}
         for _ in range(steps + 3):                                               # three to warm up
             for kind, (step, cache) in runs.items():
                 cache.truncate(context)                                          # the same token again
                 times.setdefault(kind, []).append(timed(step, device))
         runs = step = cache = None                                               # frees their memory
-    row = {"context": context} | {f"{k}_ms": float(np.median(times[k][3:])) if k in times else None for k in need}
+    row = {"context": context} | {f"{k}_ms": float(np.median(times[k][3:])) if k in times else None for k in gb}
     for kind in (kind for kind in ("m2la", "gqa") if kind in times):
         lm, ms = models[kind].language_model, row[f"{kind}_ms"]
         unread = 0 if cfg.tied or lm.embed_tokens is None else lm.embed_tokens.weight.nbytes
-        rate = ((sum(p.nbytes for p in models[kind].parameters()) - unread) / 1e9 + need[kind]) / ms * 1e3
-        row |= {f"{kind}_tokens_s": 1e3 / ms, f"{kind}_cache_mb": need[kind] * 1e3, f"{kind}_gb_s": rate,
+        rate = ((sum(p.nbytes for p in models[kind].parameters()) - unread) / 1e9 + gb[kind]) / ms * 1e3
+        row |= {f"{kind}_tokens_s": 1e3 / ms, f"{kind}_cache_mb": gb[kind] * 1e3, f"{kind}_gb_s": rate,
                 f"{kind}_of_copy": rate / copied}
     for name, kind in (("speedup", "gqa"), ("speedup_over_eager", "gqa_eager")):
         row[name] = row[f"{kind}_ms"] / row["m2la_ms"] if kind in times and "m2la" in times else None
-    return row | {"cache_ratio": need["m2la"] / need["gqa"]}
+    return row | {"cache_ratio": gb["m2la"] / gb["gqa"]}
 
 
 @torch.no_grad()
@@ -1113,9 +1111,8 @@ def spec_of(choices, gqa, share):
     row = 2 * gqa.kv_heads * gqa.head_dim
     P = gqa.head_dim if share >= 0.5 or choices["slots"] == "uniform" else gqa.head_dim // 2
     R = int(share * row) - P
-    if R < 1:
-        raise UserError(f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
-                        f"{P / row:.2f} there is")
+    need(R >= 1, f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
+                 f"{P / row:.2f} there is")
     return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
 
 
@@ -1159,10 +1156,9 @@ class ConversionBench:
                 calibration.valid = batch["valid"]
                 model(**batch)
         self.moments, self.damage, self.batches = calibration.moments, divergence(model, batches[::10]), batches
-        self.predict = functools.partial(answer_logp, model)
         self.rows = iv3.load_rows(root / "val.jsonl")
         self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
-        self.base = self.loss()
+        self.base = held_out_loss(model, processor, self.rows, root)[1]          # (n,2) nats, tokens
         held = [s for _, batch in encoded_batches(processor, self.rows, root, 16, False, "held-out", []) for s in batch]
         vision = sum(torch.isin(s.ids, torch.tensor(model.vision_ids)).sum() for s in held)
         self.tokens = sum(len(s.ids) for s in held) - int(vision), int(vision)
@@ -1174,18 +1170,16 @@ class ConversionBench:
         for hook in hooks:
             hook.remove()
 
-    def loss(self):
-        return held_out_loss(self.model, self.processor, self.rows, self.root)[1]            # (n,2) nats, tokens
-
     @torch.no_grad()
     def run(self, choices, share):
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
         order = np.random.default_rng(0).permutation(len(self.batches))               # they are sorted by length
-        spec = convert_layers(self.layers, self.moments, spec, self.damage, self.predict,
+        spec = convert_layers(self.layers, self.moments, spec, self.damage, functools.partial(answer_logp, self.model),
                               itertools.cycle(self.batches[i] for i in order))
         seconds = time.perf_counter() - start
-        change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]
+        table = held_out_loss(self.model, self.processor, self.rows, self.root)[1]
+        change, tokens = (table - self.base)[:, 0], self.base[:, 1]
         mean = change.sum() / tokens.sum()
         se = np.sqrt((np.bincount(self.clips, change - mean * tokens) ** 2).sum()) / tokens.sum()    # over clips
         error = np.mean([relative_error(layer.self_attn(*args, **kwargs)[self.valid], out[self.valid])
