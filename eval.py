@@ -89,8 +89,8 @@ def first_capital(text):
 
 def before_bracket(text):
     """MLVU: the character before the first ")", or all of the text, is exactly the letter."""
-    at = text.find(")")
-    return text if at < 0 else text[max(0, at - 1):at]
+    before, bracket, _ = text.partition(")")
+    return before[-1:] if bracket else text
 
 
 def polished(text):
@@ -149,18 +149,15 @@ def wilson(hits, n, z=1.96):
     return [max(0.0, (p + zz / 2 - half) / (1 + zz)), min(1.0, (p + zz / 2 + half) / (1 + zz))]
 
 
-def interval(values, clusters=None, seed=0, draws=2000):
+def interval(values, clusters, seed=0, draws=2000):
     """95 % interval of a mean (values (n,)) or of a ratio of sums (values (n,2): numerator, denominator). Clusters, one
-    name per value, are resampled whole. Without clusters: Wilson for 0/1 values, else each value is its own cluster."""
+    name per value, are resampled whole."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         return None
-    binary = values.ndim == 1 and np.isin(values, (0, 1)).all()
-    if clusters is None and binary:
-        return wilson(values.sum(), len(values))
-    _, index = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
+    _, index = np.unique(clusters, return_inverse=True)
     count = int(index.max()) + 1
-    if binary and values.min() == values.max():
+    if values.ndim == 1 and values[0] in (0, 1) and (values == values[0]).all():
         return wilson(values[0] * count, count)                              # all alike: the evidence is n clips
     sums = np.zeros((count, 2))
     np.add.at(sums, index, values if values.ndim == 2 else np.stack([values, np.ones(len(values))], 1))
@@ -171,9 +168,8 @@ def interval(values, clusters=None, seed=0, draws=2000):
 
 def figure(name, values, rows, seed=0):
     """{name, name_n, name_ci}: the layout of results.json, a plain number with its n and interval beside it."""
-    clusters = [clip_of(row) for row in rows]
     return {name: float(np.mean(values)) if len(values) else None, f"{name}_n": len(values),
-            f"{name}_ci": interval(values, clusters, seed)}
+            f"{name}_ci": interval(values, [clip_of(row) for row in rows], seed)}
 
 
 def by_kind(values, rows):
@@ -387,8 +383,7 @@ def once(action):
     """Run action() on process 0 while the others wait: for whatever writes files."""
     if rank() == 0:
         action()
-    if world() > 1:
-        dist.barrier()
+    gather(None)
 
 
 def command(script, *flags):
@@ -471,9 +466,8 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, s
     results = [known.get(row["id"]) for row in rows]
     for i, result in sum((list(part.items()) for part in gather(own)), []):
         results[i] = result
-    lost = [(row, {"text": None}) for row, result in zip(rows, results) if result is None]
-    if log and lost and rank() == 0:
-        log.add(name, lost)
+    if log and rank() == 0:
+        log.add(name, [(row, {"text": None}) for row, result in zip(rows, results) if result is None])
     made = {row["id"]: {key: result[key] for key in ("frames", "tokens")} for row, result in zip(rows, results)
             if result}
     if stats is not None and made:
@@ -595,20 +589,20 @@ class SampleLog:
                 need(old.get(key) == value, f"{self.path}: was made with {key} {old.get(key)}, this run has {value}; "
                                             "use the same or give another --out")
         gather(None)                                                                     # all have read
-        once(self._write)
+        once(lambda: self._write(self.records))
         self.own = self.path.with_name(f"{self.path.name}.part{rank()}") if rank() else self.path
 
-    def _write(self):
+    def _write(self, records):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{"settings": self.settings}, *(self.records[key] for key in sorted(self.records))]
+        lines = [{"settings": self.settings}, *(records[key] for key in sorted(records))]
         iv3.write_atomic(self.path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
         for part in sample_files(self.path)[1:]:
             part.unlink()
 
     def known(self, name):
         """{id: record} of a pass. What could not be read then is tried again."""
-        own = {id: record for (n, id), record in self.records.items() if n == name}
-        return {id: record for id, record in own.items() if record.get("text", "") is not None}
+        return {id: record for (made, id), record in self.records.items()
+                if made == name and record.get("text", "") is not None}
 
     def add(self, name, results):
         """Append [(row, {text | nats, …})], whole lines in one write."""
@@ -625,21 +619,19 @@ class SampleLog:
 
     def finish(self):
         gather(None)                                                                     # all have written
-        self.records = read_samples(self.path)[1]
-        gather(None)                                                                     # and read
-        once(self._write)
+        once(lambda: self._write(read_samples(self.path)[1]))
 
 
 def stage_samples(directory):
-    """{id: row with `text` (if stored) and `reward`} of the test items of a recipe's stage, from its scores.json."""
+    """{id: row with kind, clip, root, text, reward} of the test items of a recipe's stage, from its scores.json."""
     scores, samples = iv3.read_json(Path(directory) / "scores.json"), {}
     for part in (scores[length] for length in ("short", "long") if length in scores):
         data = Path(part["meta"]["data"])
         data = data if data.is_file() else Path(directory).parent / "data" / data.name   # a run that was moved
         for row in iv3.load_rows(data):
-            if row["id"] in part["items"]:
-                samples[row["id"]] = {**row, "root": data.parent, "reward": part["items"][row["id"]]} | (
-                    {"text": part["texts"][row["id"]]} if "texts" in part else {})
+            if (id := row["id"]) in part["items"]:
+                samples[id] = {"kind": row["task"], **row, "clip": clip_of(row), "root": data.parent,
+                               "text": part["texts"][id], "reward": part["items"][id]}
     return samples
 
 
@@ -647,8 +639,7 @@ def compared(path):
     """{id: {task, kind, clip, reward}}: one side of --compare. FILE:direct is an agent run's direct answers."""
     path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent))?", str(path)).groups()
     if (Path(path) / "scores.json").is_file():
-        rows = stage_samples(path)
-        return {id: {**row, "kind": row.get("kind", row["task"]), "clip": clip_of(row)} for id, row in rows.items()}
+        return stage_samples(path)
     records = read_samples(path)[1]
     name = name or ("agent" if any(key[0] == "agent" for key in records) else "answers")
     return {id: record for (made, id), record in records.items() if made == name}
@@ -732,25 +723,23 @@ def direct_row(row):
     return edit_videos({**row, "messages": [user_turn(row), row["messages"][-1]]}, lambda _: item)
 
 
-def direct_answers(model, processor, rows, root, batch_size=32, max_new=48, log=None):
+def direct_answers(model, processor, rows, root, batch_size=32, max_new=None, log=None):
     """The model's own texts for rows that an agent can be measured on."""
     for row in rows:
         official = row["task"] == "mcq" and "preset" in row
         absent = [k for k in ("kind", "options", "answer", "frames", "evidence") if k not in row]
-        if not official and (row["task"] != "mcr" or absent):
-            wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" else f"is of task '{row['task']}'"
-            raise UserError(f"row {row['id']} {wrong}: --agent takes mcr rows that name their frames and evidence, "
-                            "and a benchmark's rows")
+        wrong = f"has no field '{absent[0]}'" if row["task"] == "mcr" and absent else f"is of task '{row['task']}'"
+        need(official or row["task"] == "mcr" and not absent, f"row {row['id']} {wrong}: --agent takes mcr rows that "
+             "name their frames and evidence, and a benchmark's rows")
     return answer_rows(model, processor, list(map(direct_row, rows)), root, batch_size, max_new, name="direct", log=log)
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, batch_size=32, max_new=48, seed=0,
-                   log=None, without=(), direct=None):
+def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=None, without=(), direct=None):
     """{unseen, seen, official: {direct, agentic, evidence_hit, evidence_overlap (figures), kinds, groups, mended,
     broken, forced, frames, missing}}: the MCR agent, `without` some of its parts, against the same model answering
     directly (with the texts `direct`), on the same rows with the same number of frames. mended, broken: what
     verification made right, wrong. `official`: a benchmark's rows; evidence figures are over those that name some."""
-    direct = direct or direct_answers(model, processor, rows, root, batch_size, max_new, log)
+    direct = direct or direct_answers(model, processor, rows, root, log=log)
     own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
     for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
         start = time.perf_counter()
@@ -766,21 +755,20 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, batch_size=32, 
         part = [i for i, name in enumerate(groups) if name == group]
         if part:
             mine, ran = [rows[i] for i in part], [outs[i] for i in part]
-            values = {"direct": [mcq_reward(direct[i], rows[i]) for i in part],
-                      "agentic": [mcq_reward(out["text"], row) for out, row in zip(ran, mine)],
-                      **{f"evidence_{how}": [out[how] for out in ran if out[how] is not None]
-                         for how in ("hit", "overlap")}}
-            shown = [row for row, out in zip(mine, ran) if out["hit"] is not None]
-            about = {name: shown if name.startswith("evidence") else mine for name in values}
-            change = Counter(b - mcq_reward(out["first"], row)
-                             for out, row, b in zip(ran, mine, values["agentic"]))
-            result[group] = {"kinds": {name: by_kind(v, about[name]) for name, v in values.items()},
-                             "groups": {name: by_group(v, about[name]) for name, v in values.items()},
+            agentic = [mcq_reward(out["text"], row) for out, row in zip(ran, mine)]
+            change = Counter(b - mcq_reward(out["first"], row) for out, row, b in zip(ran, mine, agentic))
+            cited = [i for i in part if outs[i]["hit"] is not None]
+            shown = [rows[i] for i in cited]
+            values = {"direct": ([mcq_reward(direct[i], rows[i]) for i in part], mine), "agentic": (agentic, mine),
+                      "evidence_hit": ([outs[i]["hit"] for i in cited], shown),
+                      "evidence_overlap": ([outs[i]["overlap"] for i in cited], shown)}
+            result[group] = {"kinds": {name: by_kind(*v) for name, v in values.items()},
+                             "groups": {name: by_group(*v) for name, v in values.items()},
                              "forced": sum(out["forced"] for out in ran), "mended": change[1.0], "broken": change[-1.0],
                              "missing": sum(out["text"] is None for out in ran),
                              "frames": float(np.mean([out["frames"] for out in ran]))}
             for name, v in values.items():
-                result[group] |= figure(name, v, about[name], seed)
+                result[group] |= figure(name, *v, seed)
     return result
 
 
@@ -811,14 +799,13 @@ def render(results):
     stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
     rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
-    single = [(s, k) for s, k in (("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
-                                  ("opd", "gap_closed")) if k in results.get(s, {})]
+    single = [("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"), ("opd", "gap_closed")]
     agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit", "evidence_overlap")),
               *(block.get(k, "") for k in ("mended", "broken", "forced", "direct_n"))]
              for group, block in results.get("agent", {}).items()]
     parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
              ("losses in nats per answer token", ["figure", "value"],
-              [[f"{s} {k}", cell(results[s], k)] for s, k in single]),
+              [[f"{s} {k}", cell(results[s], k)] for s, k in single if k in results.get(s, {})]),
              ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
               "the evidence (IoU from .3 on) or just touches it; verification mended, broke so many answers",
               ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
@@ -907,9 +894,8 @@ def decode_models(cfg, attention_only, device, dtype):
                 layer.self_attn.__class__ = EagerGQA if kind == "gqa_eager" else type(layer.self_attn)
             if attention_only:
                 model.lm_head = model.language_model.embed_tokens = None
-    need, free = sum(p.nbytes for p in models["m2la"].parameters()) / 1e9, free_memory(device)
-    if need > free:
-        raise UserError(f"the weights need {need:.1f} GB, {free:.1f} are free: use fewer --layers or --attention-only")
+    gb, free = sum(p.nbytes for p in models["m2la"].parameters()) / 1e9, free_memory(device)
+    need(gb <= free, f"the weights need {gb:.1f} GB, {free:.1f} are free: use fewer --layers or --attention-only")
     for p in models["m2la"].to_empty(device=device).parameters():
         p.normal_(std=0.02)
     for layer in models["m2la"].language_model.layers:
@@ -976,30 +962,30 @@ def decode_row(models, context, steps, device, copied):
     that does not fit alone is left out, with a line that says so. `copied`: GB/s of a copy, the limit of any step."""
     cfg, size = models["gqa"].cfg, models["gqa"].language_model.norm.weight.element_size()
     kv = 2 * cfg.kv_heads * cfg.head_dim * context * size / 1e9                  # GB in a layer
-    need = {"m2la": kv * cfg.layers / 2, "gqa": kv * cfg.layers,
-            "gqa_eager": kv * (cfg.layers + 1 + cfg.heads / cfg.kv_heads)}       # and the copies of one layer
+    gb = {"m2la": kv * cfg.layers / 2, "gqa": kv * cfg.layers,
+          "gqa_eager": kv * (cfg.layers + 1 + cfg.heads / cfg.kv_heads)}         # and the copies of one layer
     free, times = 0.95 * free_memory(device), {}
-    fit = [kind for kind in need if need[kind] <= free]
-    for kind in need:
+    fit = [kind for kind in gb if gb[kind] <= free]
+    for kind in gb:
         if kind not in fit:
-            print(f"context {context}: no {kind}: its cache needs {need[kind]:.1f} GB, {free:.1f} are free")
-    for group in [fit] if sum(need[kind] for kind in fit) <= free else [[kind] for kind in fit]:
+            print(f"context {context}: no {kind}: its cache needs {gb[kind]:.1f} GB, {free:.1f} are free")
+    for group in [fit] if sum(gb[kind] for kind in fit) <= free else [[kind] for kind in fit]:
         runs = {kind: decode_step(models[kind], context, kind == "gqa_eager") for kind in group}
         for _ in range(steps + 3):                                               # three to warm up
             for kind, (step, cache) in runs.items():
                 cache.truncate(context)                                          # the same token again
                 times.setdefault(kind, []).append(timed(step, device))
         runs = step = cache = None                                               # frees their memory
-    row = {"context": context} | {f"{k}_ms": float(np.median(times[k][3:])) if k in times else None for k in need}
+    row = {"context": context} | {f"{k}_ms": float(np.median(times[k][3:])) if k in times else None for k in gb}
     for kind in (kind for kind in ("m2la", "gqa") if kind in times):
         lm, ms = models[kind].language_model, row[f"{kind}_ms"]
         unread = 0 if cfg.tied or lm.embed_tokens is None else lm.embed_tokens.weight.nbytes
-        rate = ((sum(p.nbytes for p in models[kind].parameters()) - unread) / 1e9 + need[kind]) / ms * 1e3
-        row |= {f"{kind}_tokens_s": 1e3 / ms, f"{kind}_cache_mb": need[kind] * 1e3, f"{kind}_gb_s": rate,
+        rate = ((sum(p.nbytes for p in models[kind].parameters()) - unread) / 1e9 + gb[kind]) / ms * 1e3
+        row |= {f"{kind}_tokens_s": 1e3 / ms, f"{kind}_cache_mb": gb[kind] * 1e3, f"{kind}_gb_s": rate,
                 f"{kind}_of_copy": rate / copied}
     for name, kind in (("speedup", "gqa"), ("speedup_over_eager", "gqa_eager")):
         row[name] = row[f"{kind}_ms"] / row["m2la_ms"] if kind in times and "m2la" in times else None
-    return row | {"cache_ratio": need["m2la"] / need["gqa"]}
+    return row | {"cache_ratio": gb["m2la"] / gb["gqa"]}
 
 
 @torch.no_grad()
@@ -1125,9 +1111,8 @@ def spec_of(choices, gqa, share):
     row = 2 * gqa.kv_heads * gqa.head_dim
     P = gqa.head_dim if share >= 0.5 or choices["slots"] == "uniform" else gqa.head_dim // 2
     R = int(share * row) - P
-    if R < 1:
-        raise UserError(f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
-                        f"{P / row:.2f} there is")
+    need(R >= 1, f"--cache-share {share}: no latent is left beside the {P} values of the RoPE key; above "
+                 f"{P / row:.2f} there is")
     return ConvertSpec(P, (R, R), step=min(16, row // 16), **choices)
 
 
@@ -1171,10 +1156,9 @@ class ConversionBench:
                 calibration.valid = batch["valid"]
                 model(**batch)
         self.moments, self.damage, self.batches = calibration.moments, divergence(model, batches[::10]), batches
-        self.predict = functools.partial(answer_logp, model)
         self.rows = iv3.load_rows(root / "val.jsonl")
         self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
-        self.base = self.loss()
+        self.base = held_out_loss(model, processor, self.rows, root)[1]          # (n,2) nats, tokens
         held = [s for _, batch in encoded_batches(processor, self.rows, root, 16, False, "held-out", []) for s in batch]
         vision = sum(torch.isin(s.ids, torch.tensor(model.vision_ids)).sum() for s in held)
         self.tokens = sum(len(s.ids) for s in held) - int(vision), int(vision)
@@ -1186,18 +1170,16 @@ class ConversionBench:
         for hook in hooks:
             hook.remove()
 
-    def loss(self):
-        return held_out_loss(self.model, self.processor, self.rows, self.root)[1]            # (n,2) nats, tokens
-
     @torch.no_grad()
     def run(self, choices, share):
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
         order = np.random.default_rng(0).permutation(len(self.batches))               # they are sorted by length
-        spec = convert_layers(self.layers, self.moments, spec, self.damage, self.predict,
+        spec = convert_layers(self.layers, self.moments, spec, self.damage, functools.partial(answer_logp, self.model),
                               itertools.cycle(self.batches[i] for i in order))
         seconds = time.perf_counter() - start
-        change, tokens = (self.loss() - self.base)[:, 0], self.base[:, 1]
+        table = held_out_loss(self.model, self.processor, self.rows, self.root)[1]
+        change, tokens = (table - self.base)[:, 0], self.base[:, 1]
         mean = change.sum() / tokens.sum()
         se = np.sqrt((np.bincount(self.clips, change - mean * tokens) ** 2).sum()) / tokens.sum()    # over clips
         error = np.mean([relative_error(layer.self_attn(*args, **kwargs)[self.valid], out[self.valid])
@@ -1489,10 +1471,10 @@ def conversion_part(bench, images):
                 [[plain(f"{v:.3f}" if isinstance(v, float) else v) for v in line] for line in lines])
 
 
-def picked_items(samples, count=5, seed=0):
-    """A seeded choice of right and wrong answers in turn, each of another kind where there is one."""
-    ids, picked = list(np.random.default_rng(seed).permutation(sorted(samples))), []
-    for n in range(min(count, len(ids))):
+def picked_items(samples):
+    """A seeded choice of five right and wrong answers in turn, each of another kind where there is one."""
+    ids, picked = list(np.random.default_rng(0).permutation(sorted(samples))), []
+    for n in range(min(5, len(ids))):
         kinds = {samples[id]["kind"] for id in picked}
         picked.append(min((id for id in ids if id not in picked), key=lambda id: (
             (samples[id]["reward"] >= 0.5) != (n % 2 == 0), samples[id]["kind"] in kinds)))
@@ -1527,7 +1509,7 @@ def item_part(number, row, images):
 
 def report_parts(run, images):
     """The report as markdown blocks; the pictures that it names go into `images`."""
-    metrics, rows = read_metrics(run), []
+    metrics = read_metrics(run)
     rows = list(recipe_rows(run, metrics))
     need(rows or metrics, f"--report {run}: no run is there (no metrics.jsonl); `python train.py --out {run}` is one")
     yield f"# {plain(run.resolve().name)}"
@@ -1559,13 +1541,13 @@ def report_parts(run, images):
     yield "## Five test items"
     stages = [stage for stage in reversed(iv3.STAGES) if (run / stage / "scores.json").is_file()]
     samples = stage_samples(run / stages[0]) if stages else {}
-    if not samples or any("text" not in row for row in samples.values()):
+    if not samples:
         yield "No predictions are stored: the recipe keeps them in the scores.json of each stage from SFT short on."
         return
     right = sum(row["reward"] >= 0.5 for row in samples.values())
     yield (f"Right and wrong answers of `{stages[0]}` in turn, a seeded choice: {right} of {len(samples)} are right, "
            "with a reward of 1 or an IoU of 0.5 or more.")
-    for number, row in enumerate(picked_items({id: {"kind": row["task"], **row} for id, row in samples.items()})):
+    for number, row in enumerate(picked_items(samples)):
         try:
             yield from item_part(number, row, images)
         except iv3.MediaError as e:
@@ -1574,26 +1556,22 @@ def report_parts(run, images):
 
 def html_page(markdown, images):
     """Our own report as one self-contained page: headings, tables, paragraphs, pictures and `code` of its markdown."""
-    def inline(text):
-        def picture(m):
-            kind = "svg+xml" if m[2].endswith("svg") else "png"
-            data = base64.b64encode(images[Path(m[2]).name]).decode()
-            return f'<img alt="{m[1]}" src="data:image/{kind};base64,{data}">'
-        return re.sub("`([^`]+)`", r"<code>\1</code>", re.sub(r"!\[([^]]*)\]\(([^)]+)\)", picture, text))
-    parts = []
-    for block in markdown.split("\n\n"):
+    def picture(m):
+        kind = "svg+xml" if m[2].endswith("svg") else "png"
+        data = base64.b64encode(images[Path(m[2]).name]).decode()
+        return f'<img alt="{m[1]}" src="data:image/{kind};base64,{data}">'
+    text, parts = re.sub(r"!\[([^]]*)\]\(([^)]+)\)", picture, markdown), []
+    for block in re.sub("`([^`]+)`", r"<code>\1</code>", text).split("\n\n"):
         if block.startswith("#"):
             level = len(block) - len(block.lstrip("#"))
-            parts.append(f"<h{level}>{inline(block.lstrip('# '))}</h{level}>")
+            parts.append(f"<h{level}>{block.lstrip('# ')}</h{level}>")
         elif block.startswith("|"):
-            lines = [[inline(cell.strip()) for cell in line[1:-1].split("|")] for line in block.splitlines()]
-            for n, line in enumerate(lines[:1] + lines[2:]):
-                tag = "td" if n else "th"
-                row = "".join(f"<{tag}>{cell}</{tag}>" for cell in line)
-                parts.append(f"{'' if n else '<table>'}<tr>{row}")
+            head, _, *lines = block.splitlines()
+            for start, tag, line in ("<table><tr>", "th", head), *(("<tr>", "td", line) for line in lines):
+                parts.append(start + "".join(f"<{tag}>{cell.strip()}</{tag}>" for cell in line[1:-1].split("|")))
             parts.append("</table>")
         else:
-            parts.append(f"<p>{inline(block)}</p>")
+            parts.append(f"<p>{block}</p>")
     title = re.sub("<[^>]+>", "", parts[0])
     return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>\n" + "\n".join(parts)
 
@@ -1626,7 +1604,20 @@ def run_data(args):
     directory, rows = iv3.find_model(args.model), pick_rows(iv3.load_rows(args.data), args.limit, args.seed)
     model, processor = iv3.open_model(directory)
     log = args.out and SampleLog(args.out, settings_of(args, rows, model, directory), args.resume)
-    result = score_data(args, rows, model, processor, directory, log)
+    if args.agent:
+        root = Path(args.data).parent
+        direct = direct_answers(model, processor, rows, root, args.batch, args.max_new, log)
+        run = functools.partial(evaluate_agent, model, processor, rows, root, args.facts, args.seed, direct=direct)
+        result = {"agent": run(log=log), "ablations": {}}
+        for part in mcr_agent.PARTS if args.ablate else ():
+            result["ablations"][f"no {part}"] = run(without=[part])
+        print(render({"agent": result["agent"]}))
+        print(f"\n{render_agents({'full': result['agent'], **result['ablations']})}")
+        result["meta"] = {"data": args.data, **describe(model, rows, {}, args.seed, directory)}
+    else:
+        result = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
+                          args.seed, directory, log)
+        print(render_scores(result))
     if log:
         log.finish()
         print(f"{log.path}: a record of every sample")
@@ -1640,24 +1631,6 @@ def settings_of(args, rows, model, directory):
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
     return {"data": args.data, "rows_hash": content, "model": str(directory), "weights_sum": bits,
             **{key: getattr(args, key) for key in ("agent", "facts", "limit", "batch", "max_new", "seed")}}
-
-
-def score_data(args, rows, model, processor, directory, log):
-    if not args.agent:
-        scores = evaluate(model, processor, args.data, args.train, args.limit, args.batch, args.max_new, args.blind,
-                          args.seed, directory, log)
-        print(render_scores(scores))
-        return scores
-    root, parts = Path(args.data).parent, mcr_agent.PARTS if args.ablate else ()
-    direct, agents = direct_answers(model, processor, rows, root, args.batch, args.max_new, log), {}
-    for name in (None, *parts):
-        agents[f"no {name}" if name else "full"] = evaluate_agent(
-            model, processor, rows, root, args.facts, seed=args.seed, log=None if name else log,
-            without=[name] if name else (), direct=direct)
-    print(render({"agent": agents["full"]}))
-    print(f"\n{render_agents(agents)}")
-    result = {"agent": agents.pop("full"), "ablations": agents}
-    return {**result, "meta": {"data": args.data, **describe(model, rows, {}, args.seed, directory)}}
 
 
 BENCHES = {"decode": bench_decode, "agent-cache": bench_agent_cache, "conversion": bench_conversion,

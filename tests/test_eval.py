@@ -134,14 +134,14 @@ def test_group_scores_keep_missing_and_unparsed_in_the_denominator():
 # ---- intervals ----------------------------------------------------------------------------------------------------
 
 def test_wilson_by_hand():
-    assert evaluation.interval([1] * 8 + [0] * 2) == pytest.approx([0.4902, 0.9433], abs=1e-4)
-    low, high = evaluation.interval([1] * 10)
+    assert evaluation.wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    low, high = evaluation.interval([1] * 10, range(10))
     assert low == pytest.approx(0.7225, abs=1e-4) and high == 1
 
 
 def test_cluster_bootstrap_is_wider_when_questions_of_a_clip_fail_together():
     values, clips = np.repeat([1, 0, 1, 1, 0, 1, 0, 1, 1, 0], 10), np.repeat(np.arange(10), 10)
-    free, clustered = evaluation.interval(values), evaluation.interval(values, clips)
+    free, clustered = evaluation.interval(values, np.arange(100)), evaluation.interval(values, clips)
     assert clustered[1] - clustered[0] > 2 * (free[1] - free[0])
     assert evaluation.interval(values, clips) == clustered                                   # seeded
 
@@ -161,7 +161,7 @@ def test_interval_of_a_ratio_weighs_tokens_and_a_perfect_score_keeps_a_width():
     assert low == pytest.approx(1) and high == pytest.approx(3)
     low, high = evaluation.interval([1] * 6, ["a", "a", "b", "b", "c", "c"])
     assert low == pytest.approx(evaluation.wilson(3, 3)[0]) and high == 1                    # three clips, not six rows
-    assert evaluation.interval([]) is None
+    assert evaluation.interval([], []) is None
 
 
 # ---- baselines ----------------------------------------------------------------------------------------------------
