@@ -1267,14 +1267,16 @@ ABLATIONS = {
     "- RL": ("opd", ["--stage opd --init {full}/sft_long --teacher {full}/teacher"]),
     "- OPD": ("opd", [])}                                                            # the full recipe after RL
 PAPER = {"- CPT": -2.1, "- long context": -1.4, "- long-video data": -2.0}           # points, mean of four long sets
-FIGURES = [(length, task) for task in ("mcq", "miou") for length in ("long", "short")]
+FIGURES = [f"{length} {task}" for task in ("mcq", "miou") for length in ("long", "short")]
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
 
 
 def ablation_scores(out, seed, more):
-    """{name: {(length, figure): points}} of one seed: the full recipe where each part is measured, and its difference
-    without the part. What has been trained and scored already is not done again."""
-    full, figures = out / f"seed{seed}" / "full", {}
+    """{name: {figure: points}} of one seed: the full recipe where each part is measured, and its difference without the
+    part; kept in seedN.json. What has been trained and scored already is not done again."""
+    full, figures, kept = out / f"seed{seed}" / "full", {}, out / f"seed{seed}.json"
+    if kept.is_file():
+        return iv3.read_json(kept)
 
     def train(directory, *flags):
         command("train.py", *flags, "--out", directory, "--seed", seed, *more)
@@ -1288,7 +1290,7 @@ def ablation_scores(out, seed, more):
                       for length, test in tests.items()}
             iv3.write_atomic(file, lambda p: p.write_text(json.dumps(scores)))
         blocks = {length: stage_figures(iv3.read_json(file)[length]) for length in ("short", "long")}
-        return {(length, name): 100 * blocks[length][name] for length, name in FIGURES}
+        return {name: 100 * blocks[name.split()[0]][name.split()[1]] for name in FIGURES}
     if not (full / "results.json").is_file():
         train(full)
     for name, (stage, runs) in ABLATIONS.items():
@@ -1300,6 +1302,7 @@ def ablation_scores(out, seed, more):
                 train(directory, *(flag.format(full=full) for flag in flags.split()), "--data-dir", full / "data")
         without = points(directory / stage if runs else full / "rl")
         figures[name] = {key: without[key] - whole[key] for key in FIGURES}
+    iv3.write_atomic(kept, lambda p: p.write_text(json.dumps(figures, indent=1)))
     return figures
 
 
@@ -1318,13 +1321,13 @@ def bench_ablation(args):
             values, half = np.array([run[name][key] for run in runs]), None
             if len(values) > 1:
                 half = float(T95[min(len(values), 9) - 2] * values.std(ddof=1) / len(values) ** 0.5)
-            row |= {"_".join(key): float(values.mean()), "_".join(key) + "_half": half}
+            row |= {key.replace(" ", "_"): float(values.mean()), key.replace(" ", "_") + "_half": half}
             sign = "" if name.startswith("full") else "+"
             line.append(f"{values.mean():{sign}.1f}" + (f" ± {half:.1f}" if half is not None else ""))
         rows.append(row)
         lines.append([*line, f"{PAPER[name]:+.1f}" if name in PAPER else ""])
     print(f"points; what is left out: the difference to the full recipe; ± 95 %, {len(runs)} seeds, Student's t\n\n"
-          + table(["", *(f"{length} {task}" for length, task in FIGURES), "the paper, long"], lines))
+          + table(["", *FIGURES, "the paper, long"], lines))
     return {"env": {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}, "rows": rows}
 
 

@@ -1,6 +1,7 @@
 """Scores, intervals, baselines, missing videos, tables and the command of eval.py."""
 import copy
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -628,6 +629,9 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
                     ("long-video_data", "sft_long", "sft_short", None, long), ("RL", "opd", "sft_long", None, ())]
     assert set(long) < set(train.TINY["sft_long"].mix)
     before, first = (len(trained), len(scored)), capsys.readouterr().out
+    command(monkeypatch, bench)
+    assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
+    shutil.rmtree(runs / "seed0")                                                 # what was measured is enough
     command(monkeypatch, bench)
     assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
     with pytest.raises(SystemExit):
