@@ -45,9 +45,7 @@ def mrope(positions, head_dim, theta, sections):
     3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
     l = torch.arange(head_dim // 2, device=positions.device)
     frequency = theta ** (-2.0 * l.float() / head_dim)
-    axis = torch.zeros_like(l)
-    for a in (1, 2):
-        axis = torch.where((l % 3 == a) & (l < 3 * sections[a]), a, axis)
+    axis = sum(a * ((l % 3 == a) & (l < 3 * sections[a])) for a in (1, 2))
     angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,Dh/2)
     return angle.cos(), angle.sin()
 
@@ -91,7 +89,7 @@ class Cache:
         if valid is not None and ask and valid.all():
             valid = None
         real = torch.ones_like(vision) if valid is None else valid
-        kind = vision.long() if M > 1 else torch.zeros_like(vision, dtype=torch.long)
+        kind = vision.long().clamp_max(M - 1)                                            # its segment
         own = (kind == torch.arange(M, device=vision.device)[:, None, None]) & real      # (M,B,T)
         self.limits = self.counts[:, :, None] + own.cumsum(2)                           # rows each token sees
         self.slots = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)   # where its row goes
@@ -100,8 +98,7 @@ class Cache:
             eye = torch.eye(T, dtype=torch.bool, device=vision.device)
             self.mask = (torch.ones_like(eye).tril() & valid[:, None, None, :]) | eye
         self._bound(T, ask, even=valid is None and M == 1)
-        last = self.kinds.shape[1] - 1
-        self.kinds.scatter_(1, torch.where(real, self.lengths[:, None] + real.cumsum(1) - 1, last), kind)
+        self.kinds.scatter_(1, torch.where(real, self.lengths[:, None] + real.cumsum(1) - 1, sum(self.capacity)), kind)
 
     def _bound(self, T, ask, even):
         """Keep low <= counts <= high; ask the device only where that is cheap or high passes the capacity."""
@@ -109,17 +106,16 @@ class Cache:
         if ask or any(n > c for n, c in zip(high, self.capacity)):
             last = self.limits[:, :, -1]
             low, high = last.amin(1).tolist(), last.amax(1).tolist()
-        for name, n, c in zip(("text", "vision"), high, self.capacity):
+        for name, n, c in zip(("text ", "vision ") if len(high) > 1 else ("",), high, self.capacity):
             if n > c:
-                name = f"{name} tokens" if len(high) > 1 else "tokens"
-                raise UserError(f"cache capacity: {n} {name} per sequence do not fit into {c}; raise it")
+                raise UserError(f"cache capacity: {n} {name}tokens per sequence do not fit into {c}; raise it")
         self.low, self.high = low, high
 
     def append(self, layer, rows):
         """Write the new tokens' rows, (B,T,W_m) for each segment."""
         batch = torch.arange(self.counts.shape[1], device=self.counts.device)[:, None]
-        for m, row in enumerate(rows):
-            self.rows[layer][m][batch, self.slots[m]] = row.to(self.rows[layer][m].dtype)
+        for held, slots, new in zip(self.rows[layer], self.slots, rows):
+            held[batch, slots] = new.to(held.dtype)
 
     def view(self, layer):
         """Per segment, the rows that may be in use: (B,N_m,W_m)."""
@@ -136,8 +132,8 @@ class Cache:
 
     def truncate(self, lengths):
         """Forget all but the first `lengths` tokens, an int or (B,), of each sequence (the agent's undo)."""
-        keep = torch.as_tensor(lengths, device=self.counts.device).expand_as(self.lengths)
-        kept = torch.arange(self.kinds.shape[1], device=keep.device) < keep.minimum(self.lengths)[:, None]
+        keep = torch.as_tensor(lengths, device=self.counts.device).minimum(self.lengths)
+        kept = torch.arange(self.kinds.shape[1], device=keep.device) < keep[:, None]
         for m in range(len(self.capacity)):
             self.counts[m] = (kept & (self.kinds == m)).sum(1)
         self.low, self.high = self.counts.amin(1).tolist(), self.counts.amax(1).tolist()
@@ -153,8 +149,7 @@ class Cache:
     def nbytes(self):
         """Bytes of the rows in use, over all layers and sequences."""
         used = self.counts.sum(1).tolist()
-        return sum(n * rows.shape[2] * rows.element_size()
-                   for layer in self.rows for n, rows in zip(used, layer))
+        return sum(n * rows.shape[2] * rows.element_size() for layer in self.rows for n, rows in zip(used, layer))
 
 
 class KVCache(Cache):
@@ -418,13 +413,10 @@ class M2LA(Attention):
                 return self.o_proj(attend_rows(q_nope, q_rope, cache, layer))
             mask = cache.mask
         text, sight = (F.linear(c, *decoder) for c, decoder in zip(latents, self.decoders()))
-        k, v = self.split_heads(torch.where(vision[..., None], sight, text), k_rope)
+        kv = torch.where(vision[..., None], sight, text).unflatten(2, (2, self.kv_heads, self.head_dim))
+        k, v = kv.permute(2, 0, 3, 1, 4)                                                 # (B,G,T,Dh)
+        k = torch.cat([k, k_rope[:, None].expand(-1, self.kv_heads, -1, -1)], -1)
         return self.o_proj(attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale))
-
-    def split_heads(self, kv, k_rope):
-        """Rebuilt kv (B,N,2*G*Dh) and the shared k_rope (B,N,P) -> k (B,G,N,Dh+P), v (B,G,N,Dh)."""
-        k, v = kv.unflatten(2, (2, self.kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return torch.cat([k, k_rope[:, None].expand(-1, self.kv_heads, -1, -1)], -1), v
 
     def attend_rebuilt(self, q_nope, q_rope, cache, layer):
         """Many new tokens: rebuild k, v from the cached rows, by each segment's decoder. One KV head at a time: of all
@@ -475,8 +467,8 @@ class M2LA(Attention):
         if spec.qk_norm != "exact":
             gqa, moments = linear_norms(gqa, moments, spec.qk_norm)
         new = cls(gqa.hidden, gqa.heads, gqa.kv_heads, gqa.head_dim, gqa.eps, spec.rope_width, ranks)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-            setattr(new, name, copy.deepcopy(getattr(gqa, name)))
+        for name, module in gqa.named_children():
+            setattr(new, name, copy.deepcopy(module))
         new.to(gqa.k_proj.weight)                       # maps are computed in fp64 and cast once, when copied
         split = encode_rope, _, query, new.slots = rope_split(gqa, moments, spec)
         new.query.copy_(query)
@@ -563,9 +555,9 @@ class ConvertSpec:
     length: int = 0                      # tokens the model is meant for; 0: do not compare calibration with it
 
     def __post_init__(self):
-        for name, allowed in ((f.name, get_args(f.type)) for f in fields(self)):
-            if allowed and getattr(self, name) not in allowed:
-                raise UserError(f"ConvertSpec {name}={getattr(self, name)!r}: use one of {allowed}")
+        for f in fields(self):
+            if (allowed := get_args(f.type)) and getattr(self, f.name) not in allowed:
+                raise UserError(f"ConvertSpec {f.name}={getattr(self, f.name)!r}: use one of {allowed}")
         if not isinstance(self.rope_width, int) or self.rope_width < 2 or self.rope_width % 2:
             raise UserError(f"ConvertSpec rope_width={self.rope_width!r}: use an even number from 2 on")
         if not isinstance(self.heal, int) or self.heal < 0:
@@ -603,11 +595,10 @@ class Moments:
             self.raw_query = zeros(heads, 2 * head_dim + 1, 2 * head_dim + 1)    # of [q; q before its norm; 1]
 
     def statistics(self, modality=None):
-        """Number of tokens, mean (Z,) and centred covariance (Z,Z) of z; None = both modalities."""
+        """Mean (Z,) and centred covariance (Z,Z) of z; None = both modalities."""
         pick = slice(None) if modality is None else slice(modality, modality + 1)
-        count = self.count[pick].sum()
-        mean, second = self.first[pick].sum(0) / count, self.second[pick].sum(0) / count
-        return count, mean, second - mean[:, None] * mean
+        mean, second = (t[pick].sum(0) / self.count[pick].sum() for t in (self.first, self.second))
+        return mean, second - mean[:, None] * mean
 
 
 class Calibration:
@@ -621,10 +612,9 @@ class Calibration:
         self.moments = [Moments(module, raw) for module in self.modules]
 
     def __enter__(self):
-        def hook(moments):
-            return lambda module, args, kwargs: self.add(moments, module, *args, **kwargs)
-        self.hooks = [module.register_forward_pre_hook(hook(moments), with_kwargs=True)
-                      for module, moments in zip(self.modules, self.moments)]
+        def hook(module, args, kwargs):
+            self.add(self.moments[self.modules.index(module)], module, *args, **kwargs)
+        self.hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self.modules]
         return self
 
     def __exit__(self, *error):
@@ -658,11 +648,11 @@ class Calibration:
             α_{h,l} = Σ w |q_l|² |k_l|² e^{iθ_l Δ} / Σ w |q_l|² |k_l|²,   Δ = p_key - p_query,
         w = ½ attention weight + ½ uniform over what the query sees."""
         B, T, H, _ = q.shape
-        cos, sin = (r.float() for r in rope)                                             # (B,T,L), L = Dh/2
-        q_turned, k_turned = (rotate(t.float(), cos[:, :, None], sin[:, :, None]) for t in (q, k))
+        cos, sin = (r.float()[:, :, None] for r in rope)                                 # (B,T,1,L), L = Dh/2
+        q_turned, k_turned = (rotate(t.float(), cos, sin) for t in (q, k))
         q_power, k_power = (t.float().unflatten(-1, (2, -1)).square().sum(-2) for t in (q, k))  # (B,T,H|G,L)
         q_power = q_power * valid[:, :, None, None]
-        keys = torch.stack([k_power * cos[:, :, None], k_power * sin[:, :, None], k_power], 3)   # (B,T,G,3,L)
+        keys = torch.stack([k_power * cos, k_power * sin, k_power], 3)                   # (B,T,G,3,L)
         keys = keys.flatten(3).transpose(1, 2).repeat_interleave(H // k.shape[2], 1)     # (B,H,T,3L)
         k_turned = k_turned.transpose(1, 2).repeat_interleave(H // k.shape[2], 1)        # (B,H,T,Dh)
         causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
@@ -677,7 +667,7 @@ class Calibration:
             moments.seen += torch.stack([n.sum(), n.square().sum()])
             mean = (weight @ keys).transpose(1, 2).unflatten(-1, (3, -1)) * q_power[:, part, :, None]
             re, im, energy = mean.double().unbind(3)                                     # (B,t,H,L)
-            c, s = cos[:, part, None].double(), sin[:, part, None].double()            # times e^{-iθ p_query}
+            c, s = cos[:, part].double(), sin[:, part].double()                          # times e^{-iθ p_query}
             moments.turn += torch.stack([re * c + im * s, im * c - re * s]).sum((1, 2))
             moments.energy += energy.sum((0, 1))
 
@@ -767,7 +757,7 @@ def content_pca(gqa, moments, spec, split, modality, rank=None):
     rope = F.pad(decode_rope @ encode_rope, (0, width - K, 0, K))                # (2K,Z): what the RoPE key holds
     nope = torch.eye(2 * K, width).to(rope) - rope
     own = moments.count[modality] >= 10 * (rank or 1)
-    mean, cov = moments.statistics(modality if spec.modality == "segments" and own else None)[1:]
+    mean, cov = moments.statistics(modality if spec.modality == "segments" and own else None)
     mean, cov = nope @ mean, nope @ cov @ nope.mT
     if spec.modality != "segments":
         mean, cov = torch.zeros_like(mean), cov + mean[:, None] * mean
@@ -776,15 +766,15 @@ def content_pca(gqa, moments, spec, split, modality, rank=None):
     A, inverse = (torch.block_diag(*half @ vector.mT) for half in (vector * root, vector / root))
     value, vector = torch.linalg.eigh(A @ cov @ A)                                       # ascending
     basis = vector.flip(1)[:, :rank]                                                     # (2GDh,R)
-    down, up = basis.mT @ A @ nope, inverse @ basis
-    bias = -basis.mT @ A @ mean
+    to_latent = basis.mT @ A                                                             # x -> c
+    down, bias, up = to_latent @ nope, -to_latent @ mean, inverse @ basis
     if spec.modality == "adapters" and own:
         target = nope.clone()
         if spec.qk_norm != "exact":                          # what is missing of the exact key; see linear_norms
             target[:K] += (torch.eye(K, width).roll(2 * K, 1) - torch.eye(K, width)).to(rope)
-        _, first, cov = moments.statistics(modality)
-        B = basis.mT @ A @ target @ cov @ down.mT @ torch.linalg.pinv(down @ cov @ down.mT, hermitian=True)
-        mean, up = up @ (basis.mT @ A @ target - B @ down) @ first, up @ B
+        mean, cov = moments.statistics(modality)
+        B = to_latent @ target @ cov @ down.mT @ torch.linalg.pinv(down @ cov @ down.mT, hermitian=True)
+        mean, up = up @ (to_latent @ target - B @ down) @ mean, up @ B
     return value.flip(0), down[:, :2 * K], bias, up, mean
 
 
@@ -836,7 +826,7 @@ def warn_of_hazards(moments, spec, layer):
     if (longest := 1.5 * squares / n) < spec.length / 4:                     # samples of L tokens: Σn² / Σn = 2/3 L
         found.append(f"calibration samples of about {longest:.0f} tokens for a model of {spec.length}: gains and slots "
                      "depend on distances, slow frequencies get no slots; calibrate on longer samples")
-    stats = [moments.statistics(m)[1:] for m in range(2) if moments.count[m] >= 100]
+    stats = [moments.statistics(m) for m in range(2) if moments.count[m] >= 100]
     spread = [float(cov.trace() / (cov.trace() + mean.square().sum())) for mean, cov in stats]
     if len(spread) == 2 and spread[1] < spread[0] / 2:
         found.append(f"vision tokens differ by {spread[1]:.0%} of their energy, text tokens by {spread[0]:.0%}, as "
@@ -917,8 +907,7 @@ def convert_layers(layers, moments, spec, damage=None, predict=None, batches=())
     damage() -> nats by which the model, as it is when called, differs from its source; predict, batches: see `heal`."""
     sources = [layer.self_attn for layer in layers]
     if spec.budget != "uniform":
-        ranks = greedy_ranks(layers, moments, spec, damage if spec.budget == "measured" else None)
-        spec = replace(spec, ranks=ranks)
+        spec = replace(spec, ranks=greedy_ranks(layers, moments, spec, damage if spec.budget == "measured" else None))
     for i, (layer, m) in enumerate(zip(layers, moments)):
         layer.self_attn = M2LA.from_gqa(layer.self_attn, m, spec, i)
     if predict and spec.heal and damage() > spec.tolerance:
