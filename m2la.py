@@ -13,7 +13,6 @@ shared decoder gains nothing on an optimal latent.
     python eval.py --bench conversion     what each idea of the conversion saves, against published ones
 """
 import copy
-import itertools
 import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
@@ -312,7 +311,7 @@ if triton is not None:
         tl.store(LSE + place, tl.where(total > 0, best + tl.log(some), float("-inf")), m < M)
 
 
-def kernel_launch(M, W, dtype=torch.bfloat16):
+def kernel_launch(M, W, dtype):
     """How the kernel is compiled. In 2 bytes: 64 KB of rows on their way while 64 KB are computed, and no register
     spilled on an H100 or H200 (a test compiles it; Triton before 3.9 needs smaller tiles). In 4: so that it fits."""
     parts, block_m = (4, 32) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else (8, 16)
@@ -884,7 +883,7 @@ def heal(layers, sources, predict, batches, steps, lr=2e-3):
     def install(modules):
         for layer, module in zip(layers, modules):
             layer.self_attn = module
-    for batch in itertools.islice(batches, steps):
+    for _, batch in zip(range(steps), batches):
         install(sources)
         with torch.no_grad():
             target = predict(batch)
