@@ -99,7 +99,7 @@ TINY = {
                        warmup=0.05, branches=20, reduction="square"),
     "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
                  pool=5100),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=180, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=6000,
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=200, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=6000,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels

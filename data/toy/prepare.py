@@ -300,8 +300,8 @@ class Asker:
         elif kind == "speech":
             right, wrong, fill = clip.words.get(t) or clip.words[t - 1], clip.words.values(), WORDS
         elif kind == "fact":
-            right, fill = self.facts[here.object]["food"], FOODS
-            wrong = [self.facts[s.object]["food"] for s in clip.scenes]
+            facts = self.facts or draw_facts(rng)  # new in every rollout: to be read, there is nothing to remember
+            right, wrong, fill = facts[here.object]["food"], [facts[s.object]["food"] for s in clip.scenes], FOODS
         else:
             name = "object" if kind == "what" else kind
             right, wrong = getattr(here, name), [getattr(s, name) for s in clip.scenes]
@@ -409,9 +409,9 @@ class Asker:
                      "direct_seen": kind != "speech" and shows(clip.duration, DIRECT, start, end)}
             coarse = self.video(max_frames=COARSE, pairs=True)
             if exam:
-                yield make("mcr", kind, coarse, text, reply, frames=DIRECT, facts="facts/test", **more)
+                yield make("mcr", kind, coarse, text, reply, frames=DIRECT, facts="facts", **more)
                 continue
-            row = make("mcr", kind, coarse, text, reply, facts="facts/train", **more)
+            row = make("mcr", kind, coarse, text, reply, **more)
             turns = self.setback(self.oracle(kind, t if a is None else a, reply, found))
             row["messages"] = [{"role": "system", "content": TEXT["system"]}, row["messages"][0], *turns]
             yield row
@@ -596,18 +596,16 @@ def prepare(out, seed=0, scale=1.0, pretrain=0, side=SIZE, jobs=1):
     if done.exists():
         return json.loads(done.read_text())
     resume = started.exists()
-    for folder in ("images", "facts/train", "facts/test", *(f"clips/{SPLITS[s][0]}" for s, n in clips.items() if n)):
+    for folder in ("images", "facts", *(f"clips/{SPLITS[s][0]}" for s, n in clips.items() if n)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     write_text(started, json.dumps({"settings": settings}))
-    # other facts in the test: they have to be searched, not remembered
-    facts = {s: draw_facts(np.random.default_rng([seed, 102, i])) for i, s in enumerate(("train", "test"))}
-    for name, table in facts.items():
-        for o, fact in table.items():
-            write_text(out / "facts" / name / f"{o.replace(' ', '_')}.txt",
-                       f"{tell('eats', object=o, **fact)} {tell('lives', object=o, **fact)}\n")
+    facts = draw_facts(np.random.default_rng([seed, 102]))
+    for o, fact in facts.items():
+        write_text(out / "facts" / f"{o.replace(' ', '_')}.txt",
+                   f"{tell('eats', object=o, **fact)} {tell('lives', object=o, **fact)}\n")
 
     files = {name: [] for s, n in clips.items() if n for name in SPLITS[s][3]}
-    work = [(out, seed, s, i, facts["test" if s == "test_long" else "train"], side, resume)
+    work = [(out, seed, s, i, facts if s == "test_long" else None, side, resume)
             for s, n in clips.items() for i in range(n)]
     with Pool(jobs) as pool:  # the order of the results is that of `work`, whatever the number of jobs
         made = tqdm(pool.imap(make_clip, work, chunksize=4), "toy clips", len(work), disable=None)
