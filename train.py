@@ -582,7 +582,7 @@ class Trainer:
                     saved["state"][i] = {k: share_of(v, params[i]) for k, v in held.items()}
                 optimizer.load_state_dict(saved)
             first, seen, best = state["step"], state["tokens"], state["best"]
-            print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
+            print(f"{self.stage}: resuming at step {first} of {steps}")
         once(lambda: self._cut_metrics(first))
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began, already, self.flops = time.monotonic(), time.monotonic(), seen, 0
@@ -749,8 +749,7 @@ def packs_of(data, rows, samples, roots, per_row):
 
 @torch.no_grad()
 def judged(data, trainer, judge):
-    """judge(number, packs) → a list, for all packs of the pool, eight at a time, shared by the processes; the lists
-    joined."""
+    """judge(number, eight packs) → a list, over all packs of the pool, shared by the processes; the lists joined."""
     pool = pool_of(data, trainer.recipe.pool, trainer.args.seed)
     chunks = [(i // 8, pool[i:i + 8]) for i in range(0, len(pool), 8)][rank()::world()]
     own = [verdict for number, chunk in tqdm(chunks, desc="   filter") for verdict in judge(number, chunk)]
