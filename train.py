@@ -35,8 +35,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")            # before torch: t
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,10 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import command, gather, once, rank, world
-from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, find_model, generate,
-                 load_model, load_rows, need, read_json, run_cli, save_model, takes_muon, write_atomic)
+from iv3 import (Config, Encoded, MediaError, Processor, Tokenizer, UserError, build_model, collate, find_model,
+                 generate, load_model, load_rows, need, read_json, run_cli, save_model, takes_muon, write_atomic)
 from m2la import Blocks, Calibration, convert_layers
 
-HERE = Path(__file__).parent
 CURATED = "curated/curated.jsonl"            # questions that the model itself makes, see `curate`
 
 
@@ -139,11 +139,9 @@ def make_pack(samples, shared_grids, vision_ids, group=1):
     """samples: Encoded that begin with the same `shared_grids` temporal patches (0 without media), each `group` of them
     answers to one question → Pack."""
     first, ends = samples[0].ids, [int(s.answer.nonzero()[0]) - 1 for s in samples]
-    prefix = min(ends)                                     # the longest common prefix; the token before an answer
-    for s in samples[1:]:                                  # stays in its branch, which has to predict from it
-        n = min(prefix, len(s.ids))
-        differ = (first[:n] != s.ids[:n]).nonzero()
-        prefix = int(differ[0]) if len(differ) else n
+    # The longest common prefix; the token before an answer stays in its branch, which has to predict from it.
+    same = torch.stack([s.ids[:min(ends)] == first[:min(ends)] for s in samples]).all(0)
+    prefix = int(same.long().cumprod(0).sum())
     shared = int(samples[0].grids[:shared_grids].prod(1).sum())                           # patches
     if len(samples) > 1:                                   # equal tokens beyond the shared video can hide other pixels
         tokens = torch.isin(first, torch.tensor(vision_ids)).nonzero()[:, 0]
@@ -174,17 +172,12 @@ BLOCK = 64                                   # queries that attend together, at 
 def collate_packs(packs):
     """Packs → one right-padded batch. `sample` (B,T): number of the conversation in the whole batch, −1 elsewhere.
     `mask` (B,1,T,T): token i sees j ≤ i of its prefix, its question and its own branch."""
-    B, T, count = len(packs), max(len(p.ids) for p in packs), 0
-    ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
-    answer, parent = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long)
-    branch, sample = torch.full((B, T), -1), torch.full((B, T), -1)
-    for b, p in enumerate(packs):
-        n = len(p.ids)
-        ids[b, :n], positions[:, b, :n], answer[b, :n] = p.ids, p.positions, p.answer
-        branch[b, :n], parent[b, :n] = p.branch, p.parent
-        sample[b, :n] = torch.where(p.sample >= 0, p.sample + count, -1)
-        count += p.count
-    key = branch[:, None, :]
+    def padded(rows, value):
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    firsts = itertools.accumulate((p.count for p in packs), initial=0)             # a pack's first conversation
+    sample = padded([torch.where(p.sample >= 0, p.sample + first, -1) for p, first in zip(packs, firsts)], -1)
+    branch, parent = padded([p.branch for p in packs], -1), padded([p.parent for p in packs], 0)
+    T, key = branch.shape[1], branch[:, None, :]
     same = (key == 0) | (key == branch[:, :, None]) | (key == parent[:, :, None])
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
@@ -193,9 +186,8 @@ def collate_packs(packs):
     for start in range(head, T, size):                     # the branches at its start begin at `low` or later
         low = int((root == root[:, start:start + 1]).int().argmax(1).min())
         blocks.append((start, min(start + size, T), head, max(low, head)))
-    batch = {"ids": ids, "positions": positions, "answer": answer, "sample": sample, "valid": branch >= 0,
-             "mask": Blocks(mask, blocks),
-             "patches": torch.cat([p.patches for p in packs]), "grids": torch.cat([p.grids for p in packs])}
+    batch = {**collate(packs, 0), "answer": padded([p.answer for p in packs], False), "sample": sample,
+             "mask": Blocks(mask, blocks)}
     if packs[0].advantage is not None:
         batch["advantage"] = torch.cat([p.advantage for p in packs])
     return batch
@@ -203,23 +195,22 @@ def collate_packs(packs):
 
 def micro_batches(packs, tokens):
     """Split a step's packs, sorted by length, into batches of at most `tokens` padded tokens."""
-    batches, current = [], []
-    if not packs:
-        return batches
+    batches = []
     for p in sorted(packs, key=lambda p: len(p.ids)):
-        if current and len(p.ids) * (len(current) + 1) > tokens:
-            batches.append(collate_packs(current))
-            current = []
-        current.append(p)
-    return batches + [collate_packs(current)]
+        if batches and len(p.ids) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(p)
+        else:
+            batches.append([p])
+    return [collate_packs(batch) for batch in batches]
 
 
 class Data:
     """Draws packs from the JSONL files of a mix. What step n gets depends only on (seed, stage, n): a resumed run
     continues exactly, and steps can be prepared by several processes. Unreadable videos are skipped and counted."""
 
-    def __init__(self, directory, mix, processor, vision_ids, seed, stage, steps=1, max_frames=None):
-        self.processor, self.vision_ids, self.seed, self.skipped = processor, vision_ids, [seed, *stage.encode()], {}
+    def __init__(self, directory, mix, processor, seed, stage, steps=1, max_frames=None):
+        self.processor, self.seed, self.steps, self.skipped = processor, [seed, *stage.encode()], steps, Counter()
+        self.vision_ids = [processor.tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
         self.groups, self.shares = [], []
         for name, share in mix.items():
             path = Path(name) if Path(name).is_file() else Path(directory) / name
@@ -231,14 +222,12 @@ class Data:
                 groups[json.dumps(media) if media else len(groups) // 8].append(row)     # text alone: any 8 together
             self.groups.append((path.parent, list(groups.values())))
             self.shares.append(share if isinstance(share, tuple) else (share, share))
-        self.steps = steps
 
-    def only(self, tasks):
+    def keep(self, wanted):
+        """Leave out the rows that are not wanted(row)."""
         for i, (root, groups) in enumerate(self.groups):
-            groups = [[row for row in rows if row["task"] in tasks] for rows in groups]
+            groups = [[row for row in rows if wanted(row)] for rows in groups]
             self.groups[i] = root, [rows for rows in groups if rows]
-        need(all(groups for _, groups in self.groups),
-             f"--data: this stage needs rows of the tasks {', '.join(tasks)} in each file")
 
     def hold_out(self, share=0.05):
         """Take a share of the videos of each file out → [(rows, root)]: none where a file has one video only."""
@@ -279,13 +268,12 @@ class Data:
         try:
             return [self.processor.encode(row["messages"], root, **options) for row in rows]
         except MediaError as e:
-            self.skipped[str(e)] = self.skipped.get(str(e), 0) + 1
+            self.skipped[str(e)] += 1
             return None
 
     def pack(self, rows, samples, root, group=1):
-        media = first_media(rows[0])
         shared = 0
-        if media:
+        if media := first_media(rows[0]):
             patches, grid, *_ = self.processor.load(media, root)
             shared = len(patches) // (grid[0] * grid[1])
         return make_pack(samples, shared, self.vision_ids, group)
@@ -294,8 +282,8 @@ class Data:
         """The supervised batches of one step."""
         drawn = [(rows, self.encode(rows, root), root) for rows, root in self.step(step, recipe.packs, recipe.branches)]
         packs = [self.pack(rows, samples, root) for rows, samples, root in drawn if samples]
-        if not packs and world() == 1:                                # of several processes, one may have bad luck
-            raise UserError(f"no readable video in step {step}: {next(iter(self.skipped))}")
+        need(packs or world() > 1,                                    # of several processes, one may have bad luck
+             f"no readable video in step {step}: {next(iter(self.skipped), '')}")
         return micro_batches(packs, recipe.tokens)
 
 
@@ -306,22 +294,7 @@ def capped(item, most):
 
 def first_media(row):
     """The first image or video item of a row, or None."""
-    items = (item for m in row["messages"] if not isinstance(m["content"], str) for item in m["content"])
-    return next((item for item in items if item["type"] != "text"), None)
-
-
-class Loader(torch.utils.data.Dataset):
-    """Step → its batches, so that PyTorch's DataLoader can prepare steps in worker processes (`--workers`)."""
-
-    def __init__(self, data, recipe, first):
-        self.data, self.recipe, self.first = data, recipe, first
-
-    def __len__(self):
-        return self.recipe.steps - self.first
-
-    def __getitem__(self, i):
-        torch.set_num_threads(1)
-        return self.data.batches(self.first + i, self.recipe)
+    return next(iter(evaluation.media_items(row)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -422,11 +395,11 @@ class Muon(torch.optim.Optimizer):
 def optimizers(model, recipe):
     """AdamW; with recipe.muon, Muon for the weight matrices inside the blocks (it learns the toy's shapes about four
     times faster) and AdamW for the rest: embeddings, projector, norms, biases."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if recipe.muon and takes_muon(n, p)]
-    rest = [p for _, p in named if not any(p is q for q in matrices)]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    matrices, tables, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if recipe.muon and takes_muon(name, p) else tables if p.dim() >= 2 else vectors).append(p)
+    groups = [{"params": tables, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     out = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, 0.98), fused=True)]
     if matrices:
         out.append(Muon(matrices, recipe.muon, recipe.weight_decay))
@@ -475,9 +448,8 @@ def share_of(value, like):
     if not hasattr(like, "full_tensor") or value.shape != like.shape:
         return value
     from torch.distributed.tensor import DTensor, Replicate
-    mesh = like.device_mesh
-    return DTensor.from_local(value.to(like.device), mesh, [Replicate()], run_check=False).redistribute(mesh,
-                                                                                                    like.placements)
+    replicated = DTensor.from_local(value.to(like.device), like.device_mesh, [Replicate()], run_check=False)
+    return replicated.redistribute(placements=like.placements)
 
 
 def unsharded(state):
@@ -612,7 +584,7 @@ class Trainer:
                     saved["state"][i] = {k: share_of(v, params[i]) for k, v in held.items()}
                 optimizer.load_state_dict(saved)
             first, seen, best = state["step"], state["tokens"], state["best"]
-            print(f"{self.stage}: resuming at step {first} of {self.recipe.steps}")
+            print(f"{self.stage}: resuming at step {first} of {steps}")
         once(lambda: self._cut_metrics(first))
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began, already, self.flops = time.monotonic(), time.monotonic(), seen, 0
@@ -650,7 +622,6 @@ class Trainer:
         finish()
         done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
                 "seconds": round(seconds, 1), "processes": world(), "recipe": asdict(self.recipe)}
-
         self._save_model(self.directory, done)
         once(lambda: state_file.unlink(missing_ok=True))
         self.model.eval()
@@ -691,21 +662,21 @@ def val_rows(args, stage):
 
 def train_supervised(trainer, data):
     """cpt, sft: next token on the answers."""
-    loader = None
+    loader, prepare = None, partial(data.batches, recipe=trainer.recipe)
 
     def step_of(step):
         nonlocal loader
-        if trainer.args.workers and not loader:
-            loader = iter(torch.utils.data.DataLoader(Loader(data, trainer.recipe, step), batch_size=None,
+        if trainer.args.workers and not loader:              # its processes turn numbers of steps into batches
+            loader = iter(torch.utils.data.DataLoader(range(step, trainer.recipe.steps), None, collate_fn=prepare,
                                                       num_workers=trainer.args.workers, prefetch_factor=4))
-        batches = next(loader) if loader else data.batches(step, trainer.recipe)
+        batches = next(loader) if loader else prepare(step)
         loss = trainer.update(trainer.supervised(batches))
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
 
 
 @torch.no_grad()
-def convert(model, data, args, recipe, steps=4):
+def convert(model, data, args, steps=4):
     """GQA → M²LA (§3.2): stream moments over `steps` training steps, give each layer and modality its rank by the
     damage that cutting it does to some more samples, rebuild the attention; heal it on others if that is not enough
     (`ConvertSpec.tolerance`). → cached values, relative to GQA's"""
@@ -714,7 +685,7 @@ def convert(model, data, args, recipe, steps=4):
     spec = evaluation.spec_of(choices, layers[0].self_attn, args.cache_share)
     with Calibration([layer.self_attn for layer in layers], raw=released) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
-            for batch in data.batches(step, replace(recipe, packs=32)):
+            for batch in data.batches(step, replace(TINY["cpt"], packs=32)):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
                 calibration.valid = batch["valid"]
                 model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])
@@ -746,35 +717,43 @@ def complete(prompt, ids):
                    prompt.grids, torch.arange(len(prompt.ids) + len(ids)) >= len(prompt.ids))
 
 
-def rollout(trainer, data, drawn, samples, generator, temperature, model=None):
-    """Sample answers of the trained model (or of `model`). → rows, prompts, generations (row-major), roots"""
+def rollout(trainer, data, drawn, samples, number, temperature=None, model=None):
+    """Sample answers of the trained model (or of `model`) with the random numbers of step `number`, by default at the
+    recipe's temperature. → rows, prompts, generations (row-major), roots"""
     rows, prompts, roots = [], [], []
     for group, root in drawn:
         encoded = data.encode([{**row, "messages": row["messages"][:-1]} for row in group], root, generation=True)
         if encoded:
             rows, prompts, roots = rows + group, prompts + encoded, roots + [root] * len(group)
+    need(rows, f"{trainer.stage}: no readable video among {len(drawn)}: {next(iter(data.skipped), '')}")
     stop = trainer.tokenizer.token_id("<|im_end|>")
-    if not rows:
-        raise UserError(f"{trainer.stage}: no readable video among {len(drawn)}: {next(iter(data.skipped))}")
+    temperature = trainer.recipe.temperature if temperature is None else temperature
     with trainer.autocast():
-        outs = generate(model or trainer.model, prompts, stop, 24, temperature, samples, generator)
+        outs = generate(model or trainer.model, prompts, stop, 24, temperature, samples, trainer.generator(number))
     return rows, prompts, outs, roots
+
+
+def rewards_of(tokenizer, rows, outs):
+    """The rule-based reward of each sampled answer, equally many to each row."""
+    group = len(outs) // len(rows)
+    return [evaluation.reward(out.text(tokenizer), rows[i // group]) for i, out in enumerate(outs)]
 
 
 def packs_of(data, rows, samples, roots, per_row):
     """Pack completed conversations of neighbouring rows that share their video."""
-    packs, start = [], 0
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or (first_media(rows[end]), roots[end]) != (first_media(rows[start]), roots[start]):
-            packs.append(data.pack(rows[start:end], samples[start * per_row:end * per_row], roots[start], per_row))
-            start = end
+    packs = []
+    for (_, root), run in itertools.groupby(range(len(rows)), lambda i: (first_media(rows[i]), roots[i])):
+        at = list(run)
+        own = samples[at[0] * per_row:(at[-1] + 1) * per_row]
+        packs.append(data.pack([rows[i] for i in at], own, root, per_row))
     return packs
 
 
 @torch.no_grad()
 def judged(data, trainer, judge):
-    """judge(number, packs) → a list, for all packs of the pool, shared by the processes; the lists joined."""
-    chunks = list(enumerate(chunked(pool_of(data, trainer.recipe.pool, trainer.args.seed), 8)))[rank()::world()]
+    """judge(number, eight packs) → a list, over all packs of the pool, shared by the processes; the lists joined."""
+    pool = pool_of(data, trainer.recipe.pool, trainer.args.seed)
+    chunks = [(i // 8, pool[i:i + 8]) for i in range(0, len(pool), 8)][rank()::world()]
     own = [verdict for number, chunk in tqdm(chunks, desc="   filter") for verdict in judge(number, chunk)]
     return sorted(sum(gather(own), []))
 
@@ -782,19 +761,23 @@ def judged(data, trainer, judge):
 def keep_rows(trainer, data, rule):
     """Run a data filter once per stage and remember which rows it keeps (a resumed run reads the list)."""
     path = trainer.directory / "kept.json"
-    if not (path.is_file() and (trainer.directory / "state.pt").is_file()):
-        kept = rule()
-        if not kept["keep"]:
-            raise UserError(f"{trainer.stage}: the data filter kept none of {kept['looked_at']} prompts; the model is "
-                            "too weak or too strong for this data")
-        trainer.directory.mkdir(parents=True, exist_ok=True)
-        once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(kept))))
-    kept = json.loads(path.read_text())
-    ids = set(kept["keep"])
-    for i, (root, groups) in enumerate(data.groups):
-        groups = [[row for row in rows if row["id"] in ids] for rows in groups]
-        data.groups[i] = root, [rows for rows in groups if rows]
-    print(f"{trainer.stage}: {kept['note']}")
+    trainer.directory.mkdir(parents=True, exist_ok=True)
+    if not (trainer.directory / "state.pt").is_file():
+        once(lambda: path.unlink(missing_ok=True))
+    found = stored(path, rule)
+    need(found["keep"], f"{trainer.stage}: the data filter kept none of {found['looked_at']} prompts; the model is too "
+         "weak or too strong for this data")
+    ids = set(found["keep"])
+    data.keep(lambda row: row["id"] in ids)
+    print(f"{trainer.stage}: {found['note']}")
+
+
+def stored(path, make):
+    """The JSON of `path`; if there is no such file, make() → it. Every process calls it, one writes."""
+    if not path.is_file():
+        value = make()
+        once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(value))))
+    return read_json(path)
 
 
 def pool_of(data, limit, seed):
@@ -818,9 +801,10 @@ def train_rl(trainer, data):
     def rule():
         """§4: grounding where the policy's IoU is in [0.1, 0.7], multiple choice both right and wrong at T = 1."""
         def judge(number, chunk):
-            rows, _, outs, _ = rollout(trainer, data, chunk, 4, trainer.generator(10 ** 6 + number), r.temperature)
+            rows, _, outs, _ = rollout(trainer, data, chunk, 4, 10 ** 6 + number)
+            rewards = rewards_of(trainer.tokenizer, rows, outs)
             for k, row in enumerate(rows):
-                reward = np.mean([evaluation.reward(o.text(trainer.tokenizer), row) for o in outs[4 * k:4 * k + 4]])
+                reward = np.mean(rewards[4 * k:4 * k + 4])
                 low, high = (0.1, 0.7) if row["task"] == "grounding" else (0.01, 0.99)
                 yield row["id"], bool(low <= reward <= high)
         verdicts = judged(data, trainer, judge)
@@ -831,9 +815,8 @@ def train_rl(trainer, data):
 
     def step_of(step):
         trainer.model.eval()
-        drawn, generator = data.step(step, r.packs, r.branches), trainer.generator(step)
-        rows, prompts, outs, roots = rollout(trainer, data, drawn, G, generator, r.temperature)
-        rewards = torch.tensor([evaluation.reward(o.text(trainer.tokenizer), rows[i // G]) for i, o in enumerate(outs)])
+        rows, prompts, outs, roots = rollout(trainer, data, data.step(step, r.packs, r.branches), G, step)
+        rewards = torch.tensor(rewards_of(trainer.tokenizer, rows, outs))
         spread = rewards.view(-1, G).std(1, correction=0)
         live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
         samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
@@ -895,8 +878,8 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
         def judge(number, chunk):
             rewards = []
             for model in (trainer.model, teacher):
-                rows, _, outs, _ = rollout(trainer, data, chunk, 1, None, 0.0, model)
-                rewards.append([evaluation.reward(o.text(trainer.tokenizer), row) for o, row in zip(outs, rows)])
+                rows, _, outs, _ = rollout(trainer, data, chunk, 1, number, 0.0, model)
+                rewards.append(rewards_of(trainer.tokenizer, rows, outs))
             for row, student, best in zip(rows, *rewards):
                 yield row["id"], row.get("kind", row["task"]), best - student
         verdicts, kinds = judged(data, trainer, judge), defaultdict(list)
@@ -911,8 +894,7 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
 
     def step_of(step):
         trainer.model.eval()
-        drawn, generator = data.step(step, r.packs, r.branches), trainer.generator(step)
-        rows, prompts, outs, roots = rollout(trainer, data, drawn, 1, generator, r.temperature)
+        rows, prompts, outs, roots = rollout(trainer, data, data.step(step, r.packs, r.branches), 1, step)
         packs = packs_of(data, rows, [complete(p, o.ids) for p, o in zip(prompts, outs)], roots, 1)
         batches = micro_batches(packs, r.tokens)
         trainer.model.train()
@@ -932,10 +914,6 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
             jobs += [(batch, loss, share * count / r.packs) for batch, loss, share in old]
         return {"loss": trainer.update(jobs), "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
-
-
-def chunked(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 # ------------------------------------------------------------------------------------------------- chain and command
@@ -973,12 +951,13 @@ def start_of(stage, args):
     return start
 
 
-def data_of(stage, recipe, model, processor, args):
+def data_of(stage, recipe, processor, args):
     """The stage's own data."""
-    data = Data(args.data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps,
-                recipe.max_frames)
+    data = Data(args.data_dir, recipe.mix, processor, args.seed, stage, recipe.steps, recipe.max_frames)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
-        data.only(("mcq", "grounding"))
+        data.keep(lambda row: row["task"] in ("mcq", "grounding"))
+        need(all(groups for _, groups in data.groups),
+             "--data: this stage needs rows of the tasks mcq, grounding in each file")
     return data
 
 
@@ -1001,37 +980,35 @@ def show_samples(stage, args):
     if not (args.data_dir / CURATED).is_file():          # the stage makes it when it is run
         recipe = replace(recipe, mix={name: share for name, share in recipe.mix.items() if name != CURATED})
     trainer = Trainer(model, processor, recipe, stage, args, start)
-    data, left = data_of(stage, recipe, model, processor, args), args.show_sample
+    data, left = data_of(stage, recipe, processor, args), args.show_sample
     group = recipe.group if stage == "rl" else 1
     marks = COLOURS if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else BRACKETS
     print(f"{stage}: {marks['loss'].format('in the loss')} {marks['prompt'].format('prompt')} "
           f"{marks['vision'].format('<n vision>')}")
     for step in range(recipe.steps):
         for rows, root in data.step(step, recipe.packs, recipe.branches):
-            samples = left and data.encode(rows, root)
-            if not samples:                              # no more wanted, or unreadable
+            samples = data.encode(rows, root)
+            if not samples:
                 continue
             if on_policy:
-                rows, prompts, outs, _ = rollout(trainer, data, [(rows, root)], group, trainer.generator(step),
-                                                 recipe.temperature)
+                rows, prompts, outs, _ = rollout(trainer, data, [(rows, root)], group, step)
                 samples = [complete(prompts[i // group], out.ids) for i, out in enumerate(outs)]
             pack, media = data.pack(rows, samples, root, group), first_media(rows[0])
             length = torch.bincount(pack.sample[pack.answer])
             power = 1 if on_policy else {"mean": 0, "square": 0.5}[recipe.reduction]
             notes = [f"weight {m ** -power:.3f} a token" for m in length.tolist()]
             if stage == "rl":
-                rewards = torch.tensor([evaluation.reward(o.text(processor.tokenizer), rows[i // group])
-                                        for i, o in enumerate(outs)])
+                rewards = torch.tensor(rewards_of(processor.tokenizer, rows, outs))
                 notes = [f"{note}, reward {r:.2f}, advantage {a:+.2f}"
                          for note, r, a in zip(notes, rewards, advantages(rewards, group))]
-            text = f"{media[media['type']]}" if media else "text alone"
-            print(f"\n=== {plain(text)}: {len(samples)} conversations, {len(pack.ids)} tokens "
+            name = plain(media[media["type"]]) if media else "text alone"
+            print(f"\n=== {name}: {len(samples)} conversations, {len(pack.ids)} tokens "
                   f"({sum(len(s.ids) for s in samples)} if not packed), {int(pack.answer.sum())} in the loss")
             print_pack(pack, processor.tokenizer, model.vision_ids, marks,
                        [f"{plain(rows[i // group]['id'])}: {note}" for i, note in enumerate(notes)])
             left -= 1
-        if not left:
-            return
+            if not left:
+                return
     raise UserError(f"{stage}: only {args.show_sample - left} readable samples; {next(iter(data.skipped), '')}")
 
 
@@ -1067,22 +1044,21 @@ def run_stage(stage, args):
 
     if CURATED in recipe.mix:
         once(lambda: curate(start, args))
-    stage_data = data_of(stage, recipe, model, processor, args)
+    stage_data = data_of(stage, recipe, processor, args)
     held = held_out(args, stage_data) if stage == "cpt" else []
     converts = stage == "cpt" and model.cfg.attn == "gqa" != args.attn
     before = loss_on(model, processor, held) if held and (converts or args.data) else None
     if converts:
         convert_stage(model, processor, args, start, stage_data, held, before)
         start = args.out / "convert"
-    elif model.cfg.attn != args.attn:
-        kind = model.cfg.attn
-        raise UserError(f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
+    kind = model.cfg.attn
+    need(kind == args.attn, f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
     trainer = Trainer(model, processor, recipe, stage, args, start)
     if stage == "rl":
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, model.vision_ids, args.seed, "replay",
+        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, args.seed, "replay",
                                         max_frames=recipe.max_frames)
         train_opd(trainer, stage_data, teacher, replay, args.teacher_device)
     else:
@@ -1090,9 +1066,8 @@ def run_stage(stage, args):
     if held and args.data:
         print(f"{stage}: held-out loss {before:.4f} → {loss_on(model, processor, held):.4f} nats")
     if stage_data.skipped:
-        count, first = sum(stage_data.skipped.values()), next(iter(stage_data.skipped))
-        print(f"{stage}: skipped {count} draws of unreadable videos; first: {first}")
-    return model, processor
+        print(f"{stage}: skipped {stage_data.skipped.total()} draws of unreadable videos; first: "
+              f"{next(iter(stage_data.skipped))}")
 
 
 def held_out(args, data):
@@ -1111,17 +1086,15 @@ def loss_on(model, processor, held):
 
 def convert_stage(model, processor, args, start, data, held, before):
     """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
-    if not held:
-        raise UserError("--data: holds one video only, none can be held out to measure the conversion; give --val")
+    need(held, "--data: holds one video only, none can be held out to measure the conversion; give --val")
     if not args.data:
-        data = Data(args.data_dir, CALIBRATION_MIX, processor, model.vision_ids, args.seed, "convert")
-    ratio = convert(model, data, args, TINY["cpt"])
+        data = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert")
+    ratio = convert(model, data, args)
     after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
           f"held-out loss {before:.4f} → {after:.4f} nats")
-    if not after < before + args.max_damage:
-        raise UserError(f"convert: the held-out loss rose by {after - before:.3f} nats, more than --max-damage "
-                        f"{args.max_damage}; calibrate on more data or raise the ranks")
+    need(after < before + args.max_damage, f"convert: the held-out loss rose by {after - before:.3f} nats, more than "
+         f"--max-damage {args.max_damage}; calibrate on more data or raise the ranks")
 
     def leave():
         save_model(args.out / "convert", model, processor.tokenizer)
@@ -1130,11 +1103,11 @@ def convert_stage(model, processor, args, start, data, held, before):
     once(leave)
 
 
-def curate(start, args, videos=24):
+def curate(start, args):
     """The long-video data of §4.2.1: questions about some long toy videos, from captions by the model that starts."""
     if not (args.data_dir / CURATED).is_file():
         command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", (args.data_dir / CURATED).parent,
-                "--model", start, "--seed", args.seed, "--limit", videos)
+                "--model", start, "--seed", args.seed, "--limit", 24)
 
 
 def bench_decode(args):
@@ -1151,14 +1124,13 @@ def copy_shipped(out):
     """The shipped base and teacher as stages of this run; --base scratch trains them instead (an hour on 2 cores)."""
     for name in ("base", "teacher"):
         if not (out / name / "config.json").is_file():
-            shutil.copytree(HERE / "data" / "toy" / "weights" / name, out / f"{name}.tmp", dirs_exist_ok=True)
+            shutil.copytree(Path(__file__).parent / "data/toy/weights" / name, out / f"{name}.tmp", dirs_exist_ok=True)
             os.replace(out / f"{name}.tmp", out / name)
 
 
 def scores_of(stage, args):
     """Test scores of a finished stage: {short, long, loss}; measured once and kept beside its weights."""
-    path = args.out / stage / "scores.json"
-    if not path.is_file():
+    def measure():
         model, processor = load_model(args.out / stage, args.device)
         rows = load_rows(args.data_dir / "val.jsonl")
         loss, table = evaluation.held_out_loss(model, processor, rows, args.data_dir, name=f"{stage} loss")
@@ -1169,8 +1141,8 @@ def scores_of(stage, args):
                 test, train = (args.data_dir / f"{name}_{length}.jsonl" for name in ("test", "sft"))
                 scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed,
                                                      blind=stage == "sft_short", model_dir=args.out / stage)
-        once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(scores))))
-    return json.loads(path.read_text())
+        return scores
+    return stored(args.out / stage / "scores.json", measure)
 
 
 def whole_recipe(args):
@@ -1188,14 +1160,10 @@ def whole_recipe(args):
             scores["convert"] = scores_of("convert", args)
         scores[stage] = scores_of(stage, args)
     scores["teacher"] = scores_of("teacher", args)
-    agent_file = args.out / "opd" / "agent.json"
-    if not agent_file.is_file():
-        rows = load_rows(args.data_dir / "test_agent.jsonl")
-        loaded = load_model(args.out / "opd", args.device)
-        agent = evaluation.evaluate_agent(*loaded, rows, args.data_dir, seed=args.seed)
-        once(lambda: write_atomic(agent_file, lambda p: p.write_text(json.dumps(agent))))
-    results = assemble(scores, json.loads((args.out / "opd" / "kept.json").read_text())["kinds"], args)
-    results["agent"] = json.loads(agent_file.read_text())
+    agent = stored(args.out / "opd" / "agent.json", lambda: evaluation.evaluate_agent(
+        *load_model(args.out / "opd", args.device), load_rows(args.data_dir / "test_agent.jsonl"), args.data_dir,
+        seed=args.seed))
+    results = {**assemble(scores, read_json(args.out / "opd" / "kept.json")["kinds"], args), "agent": agent}
     once(lambda: evaluation.write_results(results, args.out))
     once(lambda: bench_decode(args))
     print(evaluation.render(results))
@@ -1211,7 +1179,7 @@ def assemble(scores, gap_kinds, args):
     for stage, score in scores.items():
         results[stage] = {k: v for k, v in score.items() if k.startswith("loss")}
         results[stage] |= {length: evaluation.stage_figures(score[length]) for length in lengths if length in score}
-    results["convert"] |= json.loads((args.out / "convert" / "stage.json").read_text())
+    results["convert"] |= read_json(args.out / "convert" / "stage.json")
     # The share of the student-teacher gap that OPD closes: on the test items of those kinds of question in which the
     # *training* pool showed a gap (choosing them on the test would count luck as progress).
     rows = [(length, row) for length in lengths for row in load_rows(args.data_dir / f"test_{length}.jsonl")
@@ -1276,9 +1244,10 @@ def main():
     args = parser.parse_args()
     at_least = {0: "muon workers save_every seed eval_every", 2: "max_frames",            # frames come in pairs
                 1: "steps packs branches tokens jobs show_sample"}
-    for least, name in ((least, name) for least, names in at_least.items() for name in names.split()):
-        value = getattr(args, name)
-        need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for least, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            need(value is None or value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
     need(args.lr is None or 0 < args.lr < 1, f"--lr {args.lr}: must be between 0 and 1")
     need(0 < args.cache_share < 1, f"--cache-share {args.cache_share}: must be between 0 and 1")
     args.freeze = [part for part in args.freeze.split(",") if part]

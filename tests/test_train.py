@@ -66,8 +66,7 @@ def processor(tiny, tokenizer):
 
 
 def data_of(toy, processor, mix, seed=0, stage="test"):
-    ids = [processor.tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
-    return Data(toy, mix if isinstance(mix, dict) else {mix: 1.0}, processor, ids, seed, stage)
+    return Data(toy, mix if isinstance(mix, dict) else {mix: 1.0}, processor, seed, stage)
 
 
 # ----------------------------------------------------------------------------------------- packing: a tree is no change
@@ -324,7 +323,7 @@ def test_processes_share_a_step_evenly(processes, monkeypatch):
 
 
 def test_max_frames_caps_each_video_of_the_stage(toy, processor):
-    few, whole = (train.Data(toy, MIX, processor, (5, 6), 0, "sft_long", 1, most) for most in (8, None))
+    few, whole = (train.Data(toy, MIX, processor, 0, "sft_long", 1, most) for most in (8, None))
     (row, *_), root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
     same, = (r for _, groups in whole.groups for rows in groups for r in rows if r["id"] == row["id"])
     assert [processor.encode(r["messages"], root).frames for r in (row, same)] == [8, 2 * int(row["duration"])]

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 
@@ -41,16 +42,10 @@ EMPTY = set("and are for from has his her its not one that the their them then t
 
 
 # ---- captions (clips, scenes and the narrative: as the agent's memory has them) ------------------------------------
-class ModelCaptioner:
+def model_captioner(directory, prompt):
     """caption(video, start, end) → text, by our model. The weights are loaded for the first caption that is needed."""
-
-    def __init__(self, directory, prompt):
-        self.directory, self.prompt, self.caption = directory, prompt, None
-
-    def __call__(self, video, start, end):
-        if self.caption is None:
-            self.caption = captioner(LiveModel(*open_model(self.directory), capacity=1), self.prompt)
-        return self.caption(video, start, end)
+    loaded = cache(lambda: captioner(LiveModel(*open_model(directory), capacity=1), prompt))
+    return lambda video, start, end: loaded()(video, start, end)
 
 
 def caption_video(path, kept, caption, longest, made_of):
@@ -172,7 +167,7 @@ def main():
     parser.add_argument("--limit", type=int, help="the first so many videos (default: all)")
     args = vars(parser.parse_args())
     model, prompt = find_model(args.pop("model")), args.pop("prompt")
-    curate(**args, caption=ModelCaptioner(model, prompt), settings={"model": str(model), "prompt": prompt})
+    curate(**args, caption=model_captioner(model, prompt), settings={"model": str(model), "prompt": prompt})
 
 
 if __name__ == "__main__":

@@ -368,16 +368,15 @@ class Asker:
             verdict, kind = ("support", "contradict", "unclear")[i % 3], ("what", "direction", "brief")[i // 3 % 3]
             t, width = pick(rng, list(clip.flashes) if kind == "brief" else clip.seconds()), int(rng.integers(1, 9))
             scene, wrong = clip.scene(t), verdict == "contradict"
-            named, direction = scene.object, scene.direction
             if kind == "brief":
                 a = self.near(t)
                 flash = pick(rng, [f for f in FLASHES if (f != clip.flashes[t]) == wrong])
                 claim = tell("claim_brief", question=tell("brief", a=a, b=a + 6), flash=flash)
             elif kind == "direction":
-                direction = pick(rng, [d for d in DIRECTIONS if (d != direction) == wrong])
-                claim = tell("claim_direction", t=t, object=named, direction=direction)
+                direction = pick(rng, [d for d in DIRECTIONS if (d != scene.direction) == wrong])
+                claim = tell("claim_direction", t=t, object=scene.object, direction=direction)
             else:
-                named = pick(rng, [s.object for s in clip.scenes if (s.object != named) == wrong])
+                named = pick(rng, [s.object for s in clip.scenes if (s.object != scene.object) == wrong])
                 claim = tell("claim_what", t=t, object=named)
             inside = verdict != "unclear"
             a = pick(rng, [a for a in range(clip.duration - width + 1) if (a <= t < a + width) == inside])

@@ -58,8 +58,8 @@ def initial_weights(args, data_dir):
 
 
 def train_vision(trainer, data):
-    """What SigLIP pretraining is to Qwen3-VL: every vision token learns to name the words of its second, under the
-    decoder's own (fixed) embeddings:  L = − mean_w log softmax(30 · E x)_w  over the words w of the description."""
+    """Every vision token x learns to name the words w of its second, under the decoder's own (fixed) embeddings E:
+        L = − mean_w log softmax(30 · E x)_w"""
     model, tokenizer = trainer.model, trainer.tokenizer
 
     def step_of(step):
@@ -157,7 +157,7 @@ def main():
         recipe = replace(recipe, steps=args.steps or recipe.steps, **SMALL if args.preset == "small" else {})
         if not (args.out / stage / "config.json").is_file():
             model, processor = load_model(previous, device) if previous else initial_weights(args, data_dir)
-            data = Data(data_dir, recipe.mix, processor, model.vision_ids, args.seed, stage, recipe.steps)
+            data = Data(data_dir, recipe.mix, processor, args.seed, stage, recipe.steps)
             trainer = Trainer(model, processor, recipe, stage, args, previous)
             (train_supervised if previous else train_vision)(trainer, data)
         previous = args.out / stage
