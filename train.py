@@ -36,6 +36,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -224,10 +225,13 @@ class Data:
             self.shares.append(share if isinstance(share, tuple) else (share, share))
 
     def keep(self, wanted):
-        """Leave out the rows that are not wanted(row)."""
-        for i, (root, groups) in enumerate(self.groups):
+        """Leave out the rows that are not wanted(row), and files without others."""
+        files, self.groups, self.shares = list(zip(self.groups, self.shares)), [], []
+        for (root, groups), share in files:
             groups = [[row for row in rows if wanted(row)] for rows in groups]
-            self.groups[i] = root, [rows for rows in groups if rows]
+            if groups := [rows for rows in groups if rows]:
+                self.groups.append((root, groups))
+                self.shares.append(share)
 
     def hold_out(self, share=0.05):
         """Take a share of the videos of each file out → [(rows, root)]: none where a file has one video only."""
@@ -725,7 +729,7 @@ def rollout(trainer, data, drawn, samples, number, temperature=None, model=None)
         encoded = data.encode([{**row, "messages": row["messages"][:-1]} for row in group], root, generation=True)
         if encoded:
             rows, prompts, roots = rows + group, prompts + encoded, roots + [root] * len(group)
-    need(rows, f"{trainer.stage}: no readable video among {len(drawn)}: {next(iter(data.skipped), '')}")
+    need(rows, f"{trainer.stage}: no readable video among {len(drawn)}: {next(iter(data.skipped), '')}", MediaError)
     stop = trainer.tokenizer.token_id("<|im_end|>")
     temperature = trainer.recipe.temperature if temperature is None else temperature
     with trainer.autocast():
@@ -751,22 +755,28 @@ def packs_of(data, rows, samples, roots, per_row):
 
 @torch.no_grad()
 def judged(data, trainer, judge):
-    """judge(number, eight packs) → a list, over all packs of the pool, shared by the processes; the lists joined."""
+    """judge(number, eight packs) → a list, over all packs of the pool, shared by the processes; the lists joined.
+    Packs without any readable video have no verdicts."""
     pool = pool_of(data, trainer.recipe.pool, trainer.args.seed)
     chunks = [(i // 8, pool[i:i + 8]) for i in range(0, len(pool), 8)][rank()::world()]
-    own = [verdict for number, chunk in tqdm(chunks, desc="   filter") for verdict in judge(number, chunk)]
+    own = []
+    for number, chunk in tqdm(chunks, desc="   filter"):
+        with suppress(MediaError):
+            own += judge(number, chunk)
     return sorted(sum(gather(own), []))
 
 
 def keep_rows(trainer, data, rule):
     """Run a data filter once per stage and remember which rows it keeps (a resumed run reads the list)."""
+    def filtered():
+        found = rule()
+        need(found["keep"], f"{trainer.stage}: the data filter kept none of {found['looked_at']} prompts; the model is "
+             "too weak or too strong for this data")
+        return found
     path = trainer.directory / "kept.json"
-    trainer.directory.mkdir(parents=True, exist_ok=True)
     if not (trainer.directory / "state.pt").is_file():
         once(lambda: path.unlink(missing_ok=True))
-    found = stored(path, rule)
-    need(found["keep"], f"{trainer.stage}: the data filter kept none of {found['looked_at']} prompts; the model is too "
-         "weak or too strong for this data")
+    found = stored(path, filtered)
     ids = set(found["keep"])
     data.keep(lambda row: row["id"] in ids)
     print(f"{trainer.stage}: {found['note']}")
@@ -776,6 +786,7 @@ def stored(path, make):
     """The JSON of `path`; if there is no such file, make() → it. Every process calls it, one writes."""
     if not path.is_file():
         value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
         once(lambda: write_atomic(path, lambda p: p.write_text(json.dumps(value))))
     return read_json(path)
 
@@ -833,7 +844,7 @@ def train_rl(trainer, data):
                 batch["ref"] = token_logp(reference, trainer.to_device(batch))[0]
             for batch in sum(minis[1:], []):                                 # in the first half, π is still π_old
                 batch["old"] = token_logp(trainer.model, trainer.to_device(batch))[0]
-        logs = [(0.0, 0.0)]
+        logs = []
         trainer.model.train()
 
         def loss_of(batch):
@@ -847,7 +858,7 @@ def train_rl(trainer, data):
             if total:
                 jobs = [(batch, loss_of, len(batch["advantage"]) / total) for batch in batches]
                 figures["loss"] += trainer.update(jobs) / r.updates
-        figures["kl"], figures["clipped"] = np.mean(logs, 0).tolist()
+        figures["kl"], figures["clipped"] = np.mean(logs or [(0.0, 0.0)], 0).tolist()
         return figures
     trainer.fit(step_of)
 
@@ -956,7 +967,7 @@ def data_of(stage, recipe, processor, args):
     data = Data(args.data_dir, recipe.mix, processor, args.seed, stage, recipe.steps, recipe.max_frames)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         data.keep(lambda row: row["task"] in ("mcq", "grounding"))
-        need(all(groups for _, groups in data.groups),
+        need(len(data.groups) == len(recipe.mix),
              "--data: this stage needs rows of the tasks mcq, grounding in each file")
     return data
 

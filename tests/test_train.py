@@ -666,6 +666,23 @@ def test_a_filter_that_keeps_nothing_says_so(tiny, processor, toy, tmp_path, mon
         run("rl", tmp_path, tiny, processor, toy)
 
 
+def test_a_filter_passes_over_what_cannot_be_read_and_files_without_rows(tiny, processor, toy, tmp_path, monkeypatch,
+                                                                          stub_reward):
+    good = train.load_rows(toy / "rl.jsonl")
+    lost = [{**json.loads(json.dumps(row)), "id": f"lost-{i}"} for i, row in enumerate(good[:8])]
+    for i, row in enumerate(lost):
+        train.first_media(row)["video"] = f"absent{i}.mp4"
+    (tmp_path / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
+    data = data_of(toy, processor, {str(tmp_path / "lost.jsonl"): 0.9, "rl.jsonl": 0.1}, stage="rl")
+    monkeypatch.setattr(train, "pool_of", lambda data, *_: [  # eight together that have no video
+        (rows, root) for root, groups in data.groups for rows in groups])
+    trainer = trainer_of(tmp_path, tiny, processor.tokenizer, "rl", packs=3, steps=1, lr=1e-4)
+    train.train_rl(trainer, data)
+    kept = json.loads((tmp_path / "rl" / "kept.json").read_text())
+    assert 0 < len(kept["keep"]) <= kept["looked_at"] == len(good) and sum(data.skipped.values()) >= 8
+    assert [root for root, _ in data.groups] == [toy] and len(data.shares) == 1
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(tiny, tokenizer, processor, toy, tmp_path):
     other = Tokenizer(tokenizer.pieces[1:])
     iv3.save_model(tmp_path / "teacher", random_model(replace(tiny, vocab=len(other)), other), other)

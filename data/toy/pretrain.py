@@ -61,6 +61,7 @@ def train_vision(trainer, data):
     """Every vision token x learns to name the words w of its second, under the decoder's own (fixed) embeddings E:
         L = − mean_w log softmax(30 · E x)_w"""
     model, tokenizer = trainer.model, trainer.tokenizer
+    trainer.peak = 0                                     # no MFU: that of a packed batch cannot be counted here
 
     def step_of(step):
         patches, grids, words = [], [], []
@@ -84,7 +85,7 @@ def train_vision(trainer, data):
         batch = {"patches": torch.cat(patches), "grids": torch.cat(grids), "target": target}
         named = sum(gather(int((target >= 0).sum())))
         return {"loss": trainer.update([(batch, loss_of, 1 / named)]), "tokens": len(words)}
-    trainer.fit(step_of, finish=lambda: trainer.args.preset == "tiny" and start_lookups(model, trainer.args.seed))
+    trainer.fit(step_of, finish=lambda: trainer.args.preset == "tiny" and start_lookups(model.cpu(), trainer.args.seed))
 
 
 @torch.no_grad()
