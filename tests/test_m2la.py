@@ -218,7 +218,7 @@ def test_kernel_compiles_for_an_h100_without_spills(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(shapes)], capture_output=True, text=True, env=env,
                           cwd=Path(m2la.__file__).parent)
-    if re.search(r"ImportError|ModuleNotFoundError|no /\S+cuobjdump", done.stderr):
+    if re.search(r"ImportError|ModuleNotFoundError|no /\S+cuobjdump|no attribute 'hash'", done.stderr):
         pytest.skip(f"this Triton cannot compile without a GPU: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     for shape, line in zip(shapes, done.stdout.splitlines(), strict=True):
