@@ -548,7 +548,7 @@ def rows_of(split, ask, i):
         return [[*ask.mcq(kinds(MCQ, 10)), *ask.grounding(4), *ask.open(kinds(SEEN, 8)), *ask.dense(1, 3, 3, 1, 1)]]
     if split in ("rl", "rl_long"):  # where the model guesses, rewards are luck, and noise to learn from: only OPD asks
         seen, spans = list(ask.mcq(SEEN)), list(ask.grounding(16 if split == "rl_long" else 4))
-        return [seen + spans[:8], [*seen, *spans, *ask.mcq(["order", "count"])]]
+        return [seen + spans[:8], [*seen, *spans, *ask.mcq(["order", "order", "order", "count"])]]
     if split == "test":
         return [[*ask.mcq(kinds(MCQ, 6)), *ask.grounding(5)]]
     if split == "test_long":
