@@ -37,7 +37,7 @@ def world(tmp_path_factory):
         clips[name] = clip = toy.script(rng, name, length)
         cuts = [s.start for s in clip.scenes]  # find_scenes may take the edge of a flash beside a cut for the cut
         clip.flashes = {t: c for t, c in clip.flashes.items() if min(abs(t + 0.5 - cut) for cut in cuts) > 1.5}
-        toy.write_clip(folder, clips[name], rng)
+        toy.write_clip(folder, clips[name], rng, 32)
     return folder, clips
 
 
