@@ -636,8 +636,9 @@ def stage_samples(directory):
 
 
 def compared(path):
-    """{id: {task, kind, clip, reward}}: one side of --compare. FILE:direct is an agent run's direct answers."""
-    path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent))?", str(path)).groups()
+    """{id: {task, kind, clip, reward}}: one side of --compare. FILE:direct is an agent run's direct answers,
+    FILE:agent no memory those of --ablate."""
+    path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent(?: no \w+)?))?", str(path)).groups()
     if (Path(path) / "scores.json").is_file():
         return stage_samples(path)
     records = read_samples(path)[1]
@@ -740,12 +741,13 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
     directly (with the texts `direct`), on the same rows with the same number of frames. mended, broken: what
     verification made right, wrong. `official`: a benchmark's rows; evidence figures are over those that name some."""
     direct = direct or direct_answers(model, processor, rows, root, log=log)
-    own, known, outs = [], log.known("agent") if log else {}, [None] * len(rows)
-    for row in tqdm(rows[rank()::world()], desc="agent", disable=None, leave=False):
+    name = " no ".join(["agent", *without])
+    own, known, outs = [], log.known(name) if log else {}, [None] * len(rows)
+    for row in tqdm(rows[rank()::world()], desc=name, disable=None, leave=False):
         start = time.perf_counter()
         own.append(known.get(row["id"]) or agent_row(model, processor, row, root, facts, without))
         if log and row["id"] not in known:
-            log.add("agent", [(row, {**own[-1], "ms": (time.perf_counter() - start) * 1e3})])
+            log.add(name, [(row, {**own[-1], "ms": (time.perf_counter() - start) * 1e3})])
     for part, done in enumerate(gather(own)):
         outs[part::world()] = done
     result = {}
@@ -1613,7 +1615,7 @@ def run_data(args):
         run = functools.partial(evaluate_agent, model, processor, rows, root, args.facts, args.seed, direct=direct)
         result = {"agent": run(log=log), "ablations": {}}
         for part in mcr_agent.PARTS if args.ablate else ():
-            result["ablations"][f"no {part}"] = run(without=[part])
+            result["ablations"][f"no {part}"] = run(log=log, without=[part])
         print(render({"agent": result["agent"]}))
         print(f"\n{render_agents({'full': result['agent'], **result['ablations']})}")
         result["meta"] = {"data": args.data, **describe(model, rows, {}, args.seed, directory)}
@@ -1658,7 +1660,7 @@ def main():
     add("--resume", action="store_true", help="go on with a run into --out that was killed")
     add = parser.add_argument_group("what was measured before").add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="two --out of the same data, or two stages of a recipe: their "
-        "paired difference; FILE:direct is an agent run's direct answers")
+        "paired difference; FILE:direct is an agent run's direct answers, FILE:'agent no memory' a part of --ablate")
     add("--report", metavar="RUN", help="write RUN/report.md and report.html about a recipe; needs no model")
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "

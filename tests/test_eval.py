@@ -435,16 +435,24 @@ def test_the_command_ablates_the_agent(world, monkeypatch, capsys):
 
     def run_agent(*args, **how):
         left_out.append(list(how["without"]))
-        return SimpleNamespace(answer="blue (B)", evidence=[], budget_exhausted="", frames=8, tokens=9, trace=[])
+        if len(left_out) == 4:
+            raise KeyboardInterrupt
+        answer = "blue (B)" if not how["without"] else "red (A)"
+        return SimpleNamespace(answer=answer, evidence=[], budget_exhausted="", frames=8, tokens=9, trace=[])
     monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
     monkeypatch.setattr(evaluation, "answer_rows", lambda *_, **__: ["red (A)"])
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--data", data, "--model", str(world.root / "model"), "--agent",
-                                      "--ablate", "--json", str(world.root / "ablate.json")])
-    evaluation.main()
-    assert left_out == [[], ["memory"], ["routing"], ["verification"], ["zoom"]]
-    result, out = json.loads((world.root / "ablate.json").read_text()), capsys.readouterr().out
+    run, out = ["--data", data, "--model", world.root / "model", "--agent", "--ablate"], world.root / "ablate"
+    with pytest.raises(SystemExit):                                    # killed in the pass without verification
+        command(monkeypatch, [*run, "--out", out])
+    command(monkeypatch, [*run, "--out", out, "--resume"])
+    assert left_out == [[], ["memory"], ["routing"], ["verification"], ["verification"], ["zoom"]]
+    result, shown = json.loads((out / "summary.json").read_text()), capsys.readouterr().out
     assert list(result["ablations"]) == ["no memory", "no routing", "no verification", "no zoom"]
-    assert out.count("\n| no ") == 4 and "\n| brief" in out and result["agent"]["unseen"]["agentic_n"] == 1
+    assert [block["unseen"]["agentic"] for block in result["ablations"].values()] == [0.0] * 4
+    assert shown.count("\n| no ") == 4 and "\n| brief" in shown
+    assert (result["agent"]["unseen"]["agentic_n"], result["agent"]["unseen"]["agentic"]) == (1, 1.0)
+    sides = [evaluation.compared(f"{out / 'samples.jsonl'}{name}") for name in ("", ":agent no zoom")]
+    assert [[x["reward"] for x in side.values()] for side in sides] == [[1.0], [0.0]]
 
 
 def test_agent_takes_agent_rows(world):
