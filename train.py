@@ -93,14 +93,14 @@ CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jso
 TINY = {
     "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "sft_plan.jsonl": 0.05,
-                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=360, lr=1e-3, lr_min=1e-4, muon=0.01,
+                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=260, lr=1e-3, lr_min=1e-4, muon=0.01,
                         warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.42, "sft_plan.jsonl": 0.05,
                         "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=75, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
-                 pool=5100),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=200, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=6000,
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=64, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
+                 pool=4200),
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=140, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=9700,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
@@ -1118,7 +1118,7 @@ def curate(start, args):
     """The long-video data of §4.2.1: questions about some long toy videos, from captions by the model that starts."""
     if not (args.data_dir / CURATED).is_file():
         command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", (args.data_dir / CURATED).parent,
-                "--model", start, "--seed", args.seed, "--limit", 24)
+                "--model", start, "--seed", args.seed, "--limit", 12)
 
 
 def bench_decode(args):
