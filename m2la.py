@@ -195,11 +195,11 @@ def attend(q, k, v, mask, scale):
     B, H, T, E = q.shape
     Dv, repeat = v.shape[-1], H // k.shape[1]
     v = v if Dv == E else F.pad(v, (0, E - Dv))      # the fused kernels want one width; a pad by 0 would be a copy
-    if mask is not None:                          # with a mask, CUDA has no fused kernel that shares KV heads
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    if mask is not None:    # a KV head's queries side by side: with a mask, no fused kernel shares KV heads
+        q, mask = q.reshape(B, -1, repeat * T, E), mask.repeat(1, 1, repeat, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                                          enable_gqa=mask is None and repeat > 1)
-    return out[..., :Dv].transpose(1, 2).reshape(B, T, H * Dv)
+    return out[..., :Dv].reshape(B, H, T, Dv).transpose(1, 2).reshape(B, T, H * Dv)
 
 
 def attend_cached(q, k, v, cache, scale):

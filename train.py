@@ -182,8 +182,8 @@ def collate_packs(packs):
     same = (key == 0) | (key == branch[:, :, None]) | (key == parent[:, :, None])
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
-    blocks = [(0, head, 0, 0)] if head else []
     root, size = torch.where(parent > 0, parent, branch), max(BLOCK, T // 16)
+    blocks = [(start, min(start + size, head), 0, 0) for start in range(0, head, size)]
     for start in range(head, T, size):                     # the branches at its start begin at `low` or later
         low = int((root == root[:, start:start + 1]).int().argmax(1).min())
         blocks.append((start, min(start + size, T), head, max(low, head)))
