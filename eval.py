@@ -140,6 +140,14 @@ def reward(text, row):
     return grounding_reward(text, row, turn=False) if row["task"] == "grounding" else mcq_reward(text, row)
 
 
+def well_formed(text, row):
+    """Whether a rule can read the answer, right or wrong: a span that runs forward, or one of the options."""
+    if row["task"] == "grounding":
+        span = parse_span(text, turn=False)
+        return span is not None and span[0] < span[1]
+    return parse_letter(text, row["options"]) is not None
+
+
 # ------------------------------------------------------------------------------- many answers: means and intervals
 
 def wilson(hits, n, z=1.96):

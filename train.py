@@ -14,7 +14,8 @@ Where this differs from the paper, and why:
     separate samples; the video is encoded once. In RL the sampled answers to a question share its tokens too.
  3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (GSPO's clip range 3e-4 is far below bf16 noise;
     the tiny recipe's is ten times as wide, its answers have three to eight tokens); advantages are divided by
-    (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted.
+    (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted. Beside IoU or correctness a tenth of
+    a point is for an answer that a rule can read.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form (`--kl sampled`); the teacher is a longer-trained GQA model of the same
     vocabulary.
@@ -76,6 +77,7 @@ class Recipe:
     group: int = 8                           # RL: samples per prompt
     temperature: float = 1.0                 # RL, OPD: of the student's samples
     updates: int = 2                         # RL: optimizer steps per rollout
+    format: float = 0.1                      # RL: reward of an answer that a rule can read, beside IoU or correctness
     clip: tuple = (3e-4, 4e-4)               # RL: GSPO's clip range of the sequence ratio, below and above 1
     kl: float = 0.03                         # RL: weight of the KL to the SFT model
     kl_form: str = "full"                    # OPD: "full" vocabulary | "sampled" tokens alone
@@ -98,9 +100,9 @@ TINY = {
     "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.42, "sft_plan.jsonl": 0.05,
                         "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=64, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.04, weight_decay=0.0,
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=64, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.08, weight_decay=0.0,
                  pool=4200),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=140, lr=4e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=9700,
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=150, lr=5e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=9700,
                   replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
@@ -737,10 +739,13 @@ def rollout(trainer, data, drawn, samples, number, temperature=None, model=None)
     return rows, prompts, outs, roots
 
 
-def rewards_of(tokenizer, rows, outs):
-    """The rule-based reward of each sampled answer, equally many to each row."""
-    group = len(outs) // len(rows)
-    return [evaluation.reward(out.text(tokenizer), rows[i // group]) for i, out in enumerate(outs)]
+def rewards_of(tokenizer, rows, outs, bonus=0.0):
+    """The rule-based reward of each sampled answer (equally many to each row); `bonus` more for a well-formed one."""
+    group, scored = len(outs) // len(rows), []
+    for i, out in enumerate(outs):
+        text, row = out.text(tokenizer), rows[i // group]
+        scored.append(evaluation.reward(text, row) + (bonus * evaluation.well_formed(text, row) if bonus else 0.0))
+    return scored
 
 
 def packs_of(data, rows, samples, roots, per_row):
@@ -827,7 +832,7 @@ def train_rl(trainer, data):
     def step_of(step):
         trainer.model.eval()
         rows, prompts, outs, roots = rollout(trainer, data, data.step(step, r.packs, r.branches), G, step)
-        rewards = torch.tensor(rewards_of(trainer.tokenizer, rows, outs))
+        rewards = torch.tensor(rewards_of(trainer.tokenizer, rows, outs, r.format))
         spread = rewards.view(-1, G).std(1, correction=0)
         live = [i for i in range(len(rows)) if spread[i] > 1e-6]             # zero-spread groups have no gradient
         samples = [complete(prompts[i], outs[i * G + g].ids) for i in live for g in range(G)]
@@ -1009,7 +1014,7 @@ def show_samples(stage, args):
             power = 1 if on_policy else {"mean": 0, "square": 0.5}[recipe.reduction]
             notes = [f"weight {m ** -power:.3f} a token" for m in length.tolist()]
             if stage == "rl":
-                rewards = torch.tensor(rewards_of(processor.tokenizer, rows, outs))
+                rewards = torch.tensor(rewards_of(processor.tokenizer, rows, outs, recipe.format))
                 notes = [f"{note}, reward {r:.2f}, advantage {a:+.2f}"
                          for note, r, a in zip(notes, rewards, advantages(rewards, group))]
             name = plain(media[media["type"]]) if media else "text alone"

@@ -103,6 +103,8 @@ def test_rewards_follow_the_task():
     reversed_span = "From 9.0 to 4.0 seconds."
     assert evaluation.grounding_reward(reversed_span, grounding(4.0, 9.0)) == 1               # the score turns it
     assert evaluation.reward(reversed_span, grounding(4.0, 9.0)) == 0                         # RL must not teach it
+    wrong, off, turned = ("red (A)", mcq("B")), ("purple", mcq("B")), (reversed_span, grounding(4.0, 9.0))
+    assert [evaluation.well_formed(*x) for x in (wrong, off, turned)] == [1, 0, 0]
 
 
 def test_width_is_of_forward_spans_inside_the_video():

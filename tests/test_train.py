@@ -654,6 +654,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tiny, tokenizer, tmp_path):
 def test_rl_counts_groups_without_spread(tiny, processor, toy, tmp_path, monkeypatch):
     """All rewards equal: no advantage, no gradient, weights stay."""
     monkeypatch.setattr(train.evaluation, "reward", lambda text, row: 0.5)
+    monkeypatch.setattr(train.evaluation, "well_formed", lambda text, row: 1.0)
     trainer = run("rl", tmp_path, tiny, processor, toy)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
     assert all(x["zero_spread"] > 0 and x["loss"] == 0 and x["spread"] == 0 for x in lines)
@@ -711,9 +712,18 @@ def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeyp
         ids = tokenizer.encode(text)
         return sum(i % 2 == 0 for i in ids) / max(1, len(ids))
     monkeypatch.setattr(train.evaluation, "reward", reward)
-    trainer = trainer_of(tmp_path, tiny, tokenizer, "rl", steps=8, clip=(0.2, 0.2), kl=0.0, pool=12, warmup=0.0)
+    trainer = trainer_of(tmp_path, tiny, tokenizer, "rl", steps=8, clip=(0.2, 0.2), kl=0.0, pool=12, warmup=0.0,
+                         format=0.0)
     data = data_of(toy, processor, "rl.jsonl", stage="rl")
     data.groups = [(root, [[{**r, "task": "mcq"} for r in rows] for rows in groups]) for root, groups in data.groups]
     train.train_rl(trainer, data)
     rewards = [json.loads(x)["reward"] for x in (tmp_path / "metrics.jsonl").open()]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.05
+
+
+def test_a_well_formed_answer_earns_the_bonus(tokenizer):
+    rows = [{"task": "mcq", "options": ["red", "blue"], "answer": "A"}, {"task": "grounding", "answer": [1.0, 3.0]}]
+    texts = ["red", "blue", "green", "From 1.0 to 2.0 seconds.", "From 2.0 to 1.0 seconds.", "no idea"]
+    outs = [SimpleNamespace(text=lambda _, text=text: text) for text in texts]
+    assert train.rewards_of(tokenizer, rows, outs) == [1, 0, 0, 0.5, 0, 0]
+    assert train.rewards_of(tokenizer, rows, outs, 0.1) == [1.1, 0.1, 0, 0.6, 0, 0]
