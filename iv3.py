@@ -1035,13 +1035,13 @@ def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpo
     e, copies = (2, 5) if mixed else (4, 2)              # bytes of a product's operand; copies of two norms' outputs
     D, C = cfg.hidden, cfg.vision_hidden * cfg.merge ** 2
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    width, latent = q, 0
+    width, latent, repeat = q, 0, cfg.heads // cfg.kv_heads
     if cfg.attn != "gqa":
         width += cfg.heads * cfg.rope_width
         latent = q + 2 * kv + cfg.rope_width + sum(map(sum, cfg.ranks)) // cfg.layers
     layer = 4 * (4 * D + 2 * q + 2 * kv)                 # norms keep their input and its normal form, in fp32
-    layer += e * (copies * D + latent + 2 * width * (1 + keys) + q + 4 * cfg.mlp)        # q, k, v, out: heads repeated
-    layer += e * T                                       # the mask, as the kernel adds it to the scores
+    layer += e * (copies * D + latent + 2 * width * (1 + keys / repeat) + q + 4 * cfg.mlp)    # q, out; k, v
+    layer += 0.65 * e * T * repeat                       # masks: of bools, and as the kernel adds it to the scores
     block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # the tower, per vision token
     kept, kept_block = (4 * D, 4 * C) if checkpointing else (layer, block)
     tower = cfg.vision_layers * kept_block + e * 6 * (cfg.patch * cfg.merge) ** 2        # and the pixels

@@ -188,8 +188,9 @@ def attend(q, k, v, mask, scale):
     if isinstance(mask, Blocks):
         outs = []
         for start, stop, head, low in mask.blocks:
-            some_k, some_v, some_mask = (torch.cat([x.narrow(dim, 0, head), x.narrow(dim, low, stop - low)], dim)
-                                         for x, dim in ((k, 2), (v, 2), (mask.mask[:, :, start:stop], 3)))
+            own = [(x.narrow(dim, low, stop - low), x.narrow(dim, 0, head), dim)
+                   for x, dim in ((k, 2), (v, 2), (mask.mask[:, :, start:stop], 3))]
+            some_k, some_v, some_mask = (torch.cat([first, part], dim) if head else part for part, first, dim in own)
             outs.append(attend(q[:, :, start:stop], some_k, some_v, some_mask, scale))
         return torch.cat(outs, 1)
     B, H, T, E = q.shape

@@ -159,9 +159,9 @@ def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokeniz
                                {"role": "assistant", "content": "red circle " * 30}], folder)
     batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)
     T, blocks = len(sample.ids), batch["mask"].blocks
-    saved, _ = iv3.activation_bytes(cfg, T, 2, sum(head + stop - low for _, stop, head, low in blocks) / T,
-                                    int(sample.answer.sum()), int(sample.grids.prod(1).sum()) / 4 / T, mixed=False,
-                                    **options)
+    keys = 1 + sum(head + stop - low for _, stop, head, low in blocks if head) / T
+    saved, _ = iv3.activation_bytes(cfg, T, 2, keys, int(sample.answer.sum()),
+                                    int(sample.grids.prod(1).sum()) / 4 / T, mixed=False, **options)
     assert saved == pytest.approx(kept_by_autograd(model, batch, monkeypatch), rel=0.05)
 
 

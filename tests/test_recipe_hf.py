@@ -77,7 +77,7 @@ def test_four_stages(attn, command, world, tmp_path):
         with pytest.raises(UserError, match="more than --max-damage -9"):    # for another share it is
             stage(*cpt[:5], "--max-damage", -9, "--cache-share", 0.38)
         return check_export(attn, *iv3.load_model(out / "cpt"), tmp_path / "hf", world)
-    stage("sft", "--steps", 18)
+    stage("sft", "--steps", 24)
     stage("sft", "--phase", "long", "--steps", 2)
     assert "rl: kept " in stage("rl", "--steps", 2)
     assert "prompts where the teacher is better" in stage("opd", "--steps", 2, "--teacher", world / "teacher/sft_short")
