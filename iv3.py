@@ -1027,11 +1027,12 @@ def training_bytes(model, seq, packs=1, checkpointing=False, freeze=(), muon=Fal
             "optimizer": 8 * (count - matrices) + 4 * matrices, "activations": saved, "working": working}
 
 
-def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpointing=False, freeze=(), mixed=True):
+def activation_bytes(cfg, T, packs=1, keys=2.0, seen=0.53, answers=256, vision=1.0, checkpointing=False, freeze=(),
+                     mixed=True):
     """Bytes that autograd keeps of a training forward, and the most that is computed beside them at once. `packs`
-    sequences of T tokens, a share `vision` of them pixels; the queries of all blocks of a mask meet keys·T keys (2: a
-    prompt and its answers). mixed: bf16 autocast; then each linear layer has a copy of its input in 2 bytes. A test
-    holds it against what autograd keeps of a tiny model: within 5 %, as packed by train.py."""
+    sequences of T tokens, a share `vision` of them pixels. The blocks of the mask hold keys·T keys (2: the prompt's own
+    and copies for its answers), a query meets seen·T. mixed: bf16 autocast; then each linear layer has a copy of
+    its input in 2 bytes. A test holds it against what autograd keeps of a tiny model: within 5 %."""
     e, copies = (2, 5) if mixed else (4, 2)              # bytes of a product's operand; copies of two norms' outputs
     D, C = cfg.hidden, cfg.vision_hidden * cfg.merge ** 2
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
@@ -1041,7 +1042,7 @@ def activation_bytes(cfg, T, packs=1, keys=2.0, answers=256, vision=1.0, checkpo
         latent = q + 2 * kv + cfg.rope_width + sum(map(sum, cfg.ranks)) // cfg.layers
     layer = 4 * (4 * D + 2 * q + 2 * kv)                 # norms keep their input and its normal form, in fp32
     layer += e * (copies * D + latent + 2 * width * (1 + keys / repeat) + q + 4 * cfg.mlp)    # q, out; k, v
-    layer += 0.65 * e * T * repeat                       # masks: of bools, and as the kernel adds it to the scores
+    layer += e * repeat * seen * T                       # the mask, as the kernel adds it to the scores
     block = 8 * C + e * (9 * C + 2 * cfg.vision_mlp * cfg.merge ** 2)                    # the tower, per vision token
     kept, kept_block = (4 * D, 4 * C) if checkpointing else (layer, block)
     tower = cfg.vision_layers * kept_block + e * 6 * (cfg.patch * cfg.merge) ** 2        # and the pixels

@@ -185,37 +185,45 @@ class Blocks:
 
 def attend(q, k, v, mask, scale):
     """q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv), mask (B,1,T,T) bool, Blocks or None = causal -> (B,T,H*Dv)."""
-    if isinstance(mask, Blocks):
+    v, Dv = widened(v, q), v.shape[-1]
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
+    elif isinstance(mask, Blocks):
         outs = []
         for start, stop, head, low in mask.blocks:
             own = [(x.narrow(dim, low, stop - low), x.narrow(dim, 0, head), dim)
                    for x, dim in ((k, 2), (v, 2), (mask.mask[:, :, start:stop], 3))]
-            some_k, some_v, some_mask = (torch.cat([first, part], dim) if head else part for part, first, dim in own)
-            outs.append(attend(q[:, :, start:stop], some_k, some_v, some_mask, scale))
-        return torch.cat(outs, 1)
+            seen = [torch.cat([first, part], dim) if head else part for part, first, dim in own]    # without: no copy
+            outs.append(attend_grouped(q[:, :, start:stop], *seen, scale))
+        out = torch.cat(outs, 2)
+    else:
+        out = attend_grouped(q, k, v, mask, scale)
+    return out[..., :Dv].transpose(1, 2).flatten(2)
+
+
+def widened(v, q):
+    """v as wide as q, by zeros: the fused kernels want one width."""
+    return F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v      # a pad by 0 is a copy
+
+
+def attend_grouped(q, k, v, mask, scale):
+    """q (B,H,T,E), k and v (B,G,N,E), mask (B,1,T,N) bool, None = all seen -> (B,H,T,E). The queries of a KV head stand
+    side by side: with a mask no fused kernel shares KV heads, and k and v would be copied."""
     B, H, T, E = q.shape
-    Dv, repeat = v.shape[-1], H // k.shape[1]
-    v = v if Dv == E else F.pad(v, (0, E - Dv))      # the fused kernels want one width; a pad by 0 would be a copy
-    if mask is not None:    # a KV head's queries side by side: with a mask, no fused kernel shares KV heads
-        q, mask = q.reshape(B, -1, repeat * T, E), mask.repeat(1, 1, repeat, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                         enable_gqa=mask is None and repeat > 1)
-    return out[..., :Dv].reshape(B, H, T, Dv).transpose(1, 2).reshape(B, T, H * Dv)
+    G, mask = k.shape[1], mask if mask is None else mask.repeat(1, 1, H // k.shape[1], 1)
+    return F.scaled_dot_product_attention(q.reshape(B, G, -1, E), k, v, attn_mask=mask, scale=scale).view(B, H, T, E)
 
 
 def attend_cached(q, k, v, cache, scale):
-    """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in query blocks of bounded memory."""
+    """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in query blocks of bounded memory -> (B,T,H*Dv)."""
     B, H, T, E = q.shape
-    G, N, Dv = k.shape[1], k.shape[2], v.shape[-1]
-    v = v if Dv == E else F.pad(v, (0, E - Dv))
-    block, outs = max(1, BLOCK_SCORES // (N * B * (H // G))), []
+    v, Dv, outs = widened(v, q), v.shape[-1], []
+    block = max(1, BLOCK_SCORES // (k.shape[2] * B * (H // k.shape[1])))
     for start in range(0, T, block):
-        part = q[:, :, start:start + block].reshape(B, G, -1, E)  # a group's heads in one: no copies of k, v
         all_seen = T == 1 and cache.low == cache.high
-        mask = None if all_seen else cache.visible(start, start + block).repeat(1, 1, H // G, 1)
-        out = F.scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scale)
-        outs.append(out[..., :Dv].reshape(B, H, -1, Dv))
-    return torch.cat(outs, 2).transpose(1, 2).reshape(B, T, H * Dv)
+        mask = None if all_seen else cache.visible(start, start + block)
+        outs.append(attend_grouped(q[:, :, start:start + block], k, v, mask, scale))
+    return torch.cat(outs, 2)[..., :Dv].transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

@@ -185,7 +185,7 @@ def collate_packs(packs):
     mask = (same & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     head = int((branch == 0).sum(1).max())
     root, size = torch.where(parent > 0, parent, branch), max(BLOCK, T // 16)
-    blocks = [(start, min(start + size, head), 0, 0) for start in range(0, head, size)]
+    blocks = [(start, min(start + size, head), 0, 0) for start in range(0, head, size)]     # see nothing behind them
     for start in range(head, T, size):                     # the branches at its start begin at `low` or later
         low = int((root == root[:, start:start + 1]).int().argmax(1).min())
         blocks.append((start, min(start + size, T), head, max(low, head)))

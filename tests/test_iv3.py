@@ -160,7 +160,8 @@ def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokeniz
     batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)
     T, blocks = len(sample.ids), batch["mask"].blocks
     keys = 1 + sum(head + stop - low for _, stop, head, low in blocks if head) / T
-    saved, _ = iv3.activation_bytes(cfg, T, 2, keys, int(sample.answer.sum()),
+    seen = sum((stop - start) * (head + stop - low) for start, stop, head, low in blocks) / T ** 2
+    saved, _ = iv3.activation_bytes(cfg, T, 2, keys, seen, int(sample.answer.sum()),
                                     int(sample.grids.prod(1).sum()) / 4 / T, mixed=False, **options)
     assert saved == pytest.approx(kept_by_autograd(model, batch, monkeypatch), rel=0.05)
 
