@@ -405,9 +405,10 @@ def command(script, *flags):
 def join_processes(jobs, device="cpu"):
     """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command, one thread
     each: at the tiny size a second thread gains nothing. Each process works on its share of a batch."""
+    if "RANK" not in os.environ and jobs == 1:
+        return
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())     # or Python's own end may abort
     if "RANK" not in os.environ:
-        if jobs == 1:
-            return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
