@@ -785,6 +785,24 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
 
 # ------------------------------------------------------------------------------------------------ tables and results
 
+TASKS = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7"}                             # figures of a stage, their titles
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
+
+
+GAINS = "what each step changes: points, against the stage before it; nats, against the base"
+
+
+def mean_half(values):
+    """Mean over seeds and half of its 95 % interval; None for a single seed."""
+    if len(values) == 1:
+        return float(values[0]), None
+    return float(np.mean(values)), float(T95[min(len(values), 9) - 2] * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def with_half(mean, half, form):
+    return f"{mean:{form}}" + (f" ± {half:{form.strip('+')}}" if half is not None else "")
+
+
 def number(value):
     return re.sub(r"(?<!\d)0\.", ".", f"{value:.2f}")
 
@@ -804,9 +822,35 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(c).ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
+def gains(results):
+    """What each step of the recipe changes, {step: {figure: change}}: a stage against the one before it (the first
+    against the strongest trivial baselines), the agent against direct answers; the loss against that of the base."""
+    rows = {stage: {"nats": results[stage]["loss"] - results["base"]["loss"]}
+            for stage in ("convert", "cpt") if stage in results}
+    stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in ("short", "long"))]
+    for before, stage in itertools.pairwise(stages):
+        blocks = [(split, results[before].get(split, {}), results[stage].get(split, {})) for split in ("short", "long")]
+        rows[stage] = {f"{split[0].upper()} {name}": 100 * (new[key] - old[key]) for split, old, new in blocks
+                       for key, name in TASKS.items() if key in old and key in new}
+    if "gap_closed" in results.get("opd", {}):
+        rows["opd"]["% of gap"] = 100 * results["opd"]["gap_closed"]
+    return rows | {f"agent, {group}": {"L mcq": 100 * (block["agentic"] - block["direct"])}
+                   for group, block in results.get("agent", {}).items()}
+
+
+def gains_table(runs):
+    """gains() of one run, or the mean of several ± half its 95 % interval -> header, rows."""
+    columns = list(dict.fromkeys(key for row in runs[0].values() for key in row))
+
+    def shown(name, key):
+        return with_half(*mean_half([run[name][key] for run in runs]), "+.3f" if key == "nats" else "+.1f")
+    return ["step", *columns], [[name, *(shown(name, key) if key in row else "" for key in columns)]
+                                for name, row in runs[0].items()]
+
+
 def render(results):
     """The final tables of a recipe as markdown: one row per stage, the strongest trivial baselines first."""
-    keys, splits = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7", "width": "width"}, ("short", "long")
+    keys, splits = {**TASKS, "width": "width"}, ("short", "long")
     stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
     rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
@@ -817,6 +861,7 @@ def render(results):
     parts = [("S: clips of 12-24 s, L: of 60-120 s; ± half the 95 % interval; width in seconds", header, rows),
              ("losses in nats per answer token", ["figure", "value"],
               [[f"{s} {k}", cell(results[s], k)] for s, k in single if k in results.get(s, {})]),
+             (GAINS, *gains_table([gains(results)])),
              ("agent against a direct answer at the same number of frames; forced: the budget ran out; it cites\n"
               "the evidence (IoU from .3 on) or just touches it; verification mended, broke so many answers",
               ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"], agent)]
@@ -1279,12 +1324,11 @@ ABLATIONS = {
     "- OPD": ("opd", [])}                                                            # the full recipe after RL
 PAPER = {"- CPT": -2.1, "- long context": -1.4, "- long-video data": -2.0}           # points, mean of four long sets
 FIGURES = [f"{length} {task}" for task in ("mcq", "miou") for length in ("long", "short")]
-T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
 
 
 def ablation_scores(out, seed, more):
-    """{name: {figure: points}} of one seed: the full recipe where each part is measured, and its difference without the
-    part; kept in seedN.json. What has been trained and scored already is not done again."""
+    """Of one seed: gains() of the full recipe and {name: {figure: points}}: the full recipe where a part is measured,
+    and the difference without the part. Kept in seedN.json; what is trained and scored is not done again."""
     full, figures, kept = out / f"seed{seed}" / "full", {}, out / f"seed{seed}.json"
     if kept.is_file():
         return iv3.read_json(kept)
@@ -1313,8 +1357,9 @@ def ablation_scores(out, seed, more):
                 train(directory, *(flag.format(full=full) for flag in flags.split()), "--data-dir", full / "data")
         without = points(directory / stage if runs else full / "rl")
         figures[name] = {key: without[key] - whole[key] for key in FIGURES}
-    iv3.write_atomic(kept, lambda p: p.write_text(json.dumps(figures, indent=1)))
-    return figures
+    found = gains(iv3.read_json(full / "results.json")), figures
+    iv3.write_atomic(kept, lambda p: p.write_text(json.dumps(found, indent=1)))
+    return found
 
 
 def bench_ablation(args):
@@ -1325,21 +1370,20 @@ def bench_ablation(args):
         need(made.read_text() == args.recipe, f"{out}: has runs with --recipe={made.read_text()!r}; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     made.write_text(args.recipe)
-    runs = [ablation_scores(out, seed, args.recipe.split()) for seed in range(args.seeds)]
+    steps, runs = zip(*(ablation_scores(out, seed, args.recipe.split()) for seed in range(args.seeds)))
     for name in runs[0]:
         row, line = {"name": name, "paper": PAPER.get(name)}, [name]
         for key in FIGURES:
-            values, half = np.array([run[name][key] for run in runs]), None
-            if len(values) > 1:
-                half = float(T95[min(len(values), 9) - 2] * values.std(ddof=1) / len(values) ** 0.5)
-            row |= {key.replace(" ", "_"): float(values.mean()), key.replace(" ", "_") + "_half": half}
-            sign = "" if name.startswith("full") else "+"
-            line.append(f"{values.mean():{sign}.1f}" + (f" ± {half:.1f}" if half is not None else ""))
+            mean, half = mean_half([run[name][key] for run in runs])
+            row |= {key.replace(" ", "_"): mean, key.replace(" ", "_") + "_half": half}
+            line.append(with_half(mean, half, ".1f" if name.startswith("full") else "+.1f"))
         rows.append(row)
         lines.append([*line, f"{PAPER[name]:+.1f}" if name in PAPER else ""])
-    print(f"points; what is left out: the difference to the full recipe; ± 95 %, {len(runs)} seeds, Student's t\n\n"
+    print(f"± 95 %, {len(runs)} seeds, Student's t; {GAINS}\n\n{table(*gains_table(steps))}\n\n"
+          "points; what is left out: the difference to the full recipe\n\n"
           + table(["", *FIGURES, "the paper, long"], lines))
-    return {"env": {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}, "rows": rows}
+    env = {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}
+    return {"env": env, "rows": rows, "steps": steps}
 
 
 # --------------------------------------------------------------------------------------------------------- the report

@@ -482,6 +482,20 @@ def test_the_table_has_a_row_per_stage_baselines_first_within_100_columns():
     assert ".65±.10" in lines[4] and "1.00±.10" in lines[4] and "12.50" in lines[4]
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert "| convert cache_ratio | .50" in text and "| unseen" in text and "opd gap_closed" in text
+    changes = [line.split()[1] for line in lines if "+" in line]
+    assert changes == ["convert", "cpt", "sft_short", "opd", "agent,", "agent,"]
+
+
+def test_what_each_step_changes_is_told_in_points_and_over_seeds():
+    """By hand: of 0.65 - 0.33 and so on; the first stage on long clips has no baseline for spans."""
+    one = evaluation.gains(fake_results())
+    assert one["convert"] == {"nats": 0.25} and one["cpt"]["nats"] == pytest.approx(0.05)
+    assert one["sft_short"] == pytest.approx({"S mcq": 32, "S mIoU": 40})
+    assert one["opd"] == {"S mcq": 0, "S mIoU": 0, "S R1@.7": 0, "% of gap": 40}
+    assert one["agent, seen"] == {"L mcq": 50}
+    header, rows = evaluation.gains_table([one, {**one, "sft_short": {"S mcq": 34, "S mIoU": 40}}])
+    assert rows[2][0] == "sft_short" and rows[2][header.index("S mcq")] == "+33.0 ± 12.7"     # t · √2 / √2
+    assert evaluation.gains_table([one])[1][0][:2] == ["convert", "+0.250"]
 
 
 def test_results_are_written_as_json_and_markdown(tmp_path):
@@ -606,7 +620,7 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
     def leave_all(args):
         for stage in iv3.STAGES:
             leave(stage, args)
-        (args.out / "results.json").write_text("{}")
+        (args.out / "results.json").write_text(json.dumps(fake_results()))
 
     def score(model, processor, test, seed, model_dir):
         scored.append(model_dir)
@@ -626,6 +640,7 @@ def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tm
     bench = ["--bench", "ablation", "--seeds", 2, "--out", runs, "--recipe", "--steps 5 --jobs 1"]
     command(monkeypatch, [*bench, "--json", tmp_path / "a.json"])
     rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert json.loads((tmp_path / "a.json").read_text())["steps"] == [evaluation.gains(fake_results())] * 2
     assert rows["full, opd"]["short_mcq"] == pytest.approx(60.5)
     assert rows["full, opd"]["long_miou"] == pytest.approx(50.5)
     changes = {name: row["long_mcq"] for name, row in rows.items() if name.startswith("- ")}
