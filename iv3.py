@@ -35,6 +35,7 @@ from einops import rearrange
 
 from m2la import GQA, M2LA, KVCache, LatentCache, Released, UserError, mrope, rotate
 
+VISION_CHUNK = 2 ** 15                           # patches that go through the vision tower at once
 PREFILL = 4096                                   # tokens that go through the layers at once, where there is a cache
 
 
@@ -283,7 +284,10 @@ class VisionTower(nn.Module):
     def forward(self, patches, grids):
         """patches (Np, 3·2·p·p) uint8 pixels, grids (n, 2) = (h, w) of each temporal patch.
         → list of (tokens, D): the merged tokens, then one tensor per DeepStack tap."""
-        runs = [(len(list(run)), h, w) for (h, w), run in groupby(grids.tolist())]     # neighbours of one size: a batch
+        runs = []                                        # neighbours of one size: a batch, or several of bounded memory
+        for (h, w), run in groupby(grids.tolist()):
+            n, most = len(list(run)), max(1, VISION_CHUNK // (h * w))
+            runs += [(min(most, n - k), h, w) for k in range(0, n, most)]
         parts = patches.split([n * h * w for n, h, w in runs])
         outs = [self.encode_grid(part, *run) for part, run in zip(parts, runs)]
         return [torch.cat(tokens) for tokens in zip(*outs)]
@@ -354,7 +358,10 @@ class InternVideo3(nn.Module):
     def new_cache(self, batch, capacity, vision_capacity=None):
         """An empty cache for `batch` sequences of at most `capacity` tokens. An M²LA cache keeps text and vision rows
         apart; `vision_capacity`, when known, spares the room that `capacity` would reserve for each of them."""
-        cfg, like = self.cfg, dict(dtype=self.language_model.norm.weight.dtype, device=self.device)
+        cfg, kind, dtype = self.cfg, self.device.type, self.language_model.norm.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        like = dict(dtype=dtype, device=self.device)
         if cfg.attn == "gqa":
             return KVCache(cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim, **like)
         capacities = (capacity, capacity if vision_capacity is None else vision_capacity)

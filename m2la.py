@@ -372,7 +372,8 @@ def latent_attend(q, rows, limits, rank, scale, backend=None):
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
     backend = backend or ("triton" if q.is_cuda and triton is not None else "torch")
-    return (_attend_triton if backend == "triton" else _attend_torch)(q, rows, limits, rank, scale)
+    with torch.autocast(q.device.type, enabled=False):                   # both choose the precision of their sums
+        return (_attend_triton if backend == "triton" else _attend_torch)(q.to(rows.dtype), rows, limits, rank, scale)
 
 
 # ---------------------------------------------------------------------------------------------- M²LA

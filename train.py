@@ -15,17 +15,18 @@ Where this differs from the paper, and why:
  3. GSPO: old log-probabilities are recomputed in fp32 by the trainer (GSPO's clip range 3e-4 is far below bf16 noise;
     the tiny recipe's is ten times as wide, its answers have three to eight tokens); advantages are divided by
     (std + 1e-4) as in TRL; zero-spread groups carry no gradient and are counted. Beside IoU or correctness a tenth of
-    a point is for an answer that a rule can read.
+    a point is for an answer that a rule can read. The KL too is of the groups with a spread alone.
  4. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is the exact
     expectation of the paper's one-sample form (`--kl sampled`); the teacher is a longer-trained GQA model of the same
-    vocabulary.
+    vocabulary. Its prompts are those whose answers a rule can judge (multiple choice, grounding), not captions.
  5. Replay: SFT keeps a share of the earlier stages' data, OPD trains on SFT data beside its own samples. A tiny model
     forgets a format within two minutes.
  6. SFT long has longer videos and packs than SFT short, but 2 frames a second in both (the paper: 4 in the long phase):
-    a second is the toy world's shortest event. `fps` in a row of your own data says otherwise.
+    a second is the toy world's shortest event. `fps` in a row of your own data says otherwise; LARGE has the paper's.
  7. With several processes each step is shared by hand: gradients are summed after the backward pass. `--fsdp` shards.
 """
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -83,13 +84,15 @@ class Recipe:
     kl_form: str = "full"                    # OPD: "full" vocabulary | "sampled" tokens alone
     muon: float = 0.0                        # learning rate of Muon for weight matrices; 0: AdamW for everything
     freeze: tuple = ()                       # "vision", "projector": parts that are not trained
+    fps: float = None                        # frames a second of a video whose row names none; None: 2
     max_frames: int = None                   # at most so many frames of a video; None: what the rows say
+    max_new: int = 24                        # RL, OPD: at most so many tokens of a sampled answer
     pool: int = 2400                         # RL, OPD: prompts that the filter looks at
     replay: dict = field(default_factory=dict)    # OPD: file → packs a step of SFT data, trained beside: keeps the rest
 
 
-# The paper's shares of CPT tokens are text 27 %, image-text 30 %, video-caption 43 %. Here as shares of packs: an image
-# pack has about 25 tokens, a text or a video pack of 8 samples about 280.
+# Shares of packs: of tokens these are text 29 %, image-text 19 %, video-caption 52 %, of samples 32, 10 and 58 % (the
+# paper: 27, 30, 43 % and 30, 55, 15 %; a toy picture has one row, a text or a video eight).
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
@@ -107,10 +110,11 @@ TINY = {
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
 SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameters: small has 54 tokens a second
-# The paper's rates (§4; it names none for RL and OPD), for a model of more than 100 M parameters.
-LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6), "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0),
-         "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0), "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4)),
-         "opd": dict(lr=1e-6, lr_min=0.0)}
+# The paper's rates and frames (§4; it names none for RL and OPD), for a model of more than 100 M parameters.
+LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6, max_frames=768),
+         "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0, max_frames=512),
+         "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0, max_frames=2048, fps=4.0),
+         "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4), max_new=256), "opd": dict(lr=1e-6, lr_min=0.0, max_new=256)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
 FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", heal=0)
@@ -211,18 +215,17 @@ class Data:
     """Draws packs from the JSONL files of a mix. What step n gets depends only on (seed, stage, n): a resumed run
     continues exactly, and steps can be prepared by several processes. Unreadable videos are skipped and counted."""
 
-    def __init__(self, directory, mix, processor, seed, stage, steps=1, max_frames=None):
+    def __init__(self, directory, mix, processor, seed, stage, steps=1, fps=None, max_frames=None):
         self.processor, self.seed, self.steps, self.skipped = processor, [seed, *stage.encode()], steps, Counter()
         self.vision_ids = [processor.tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
         self.groups, self.shares = [], []
         for name, share in mix.items():
-            path = Path(name) if Path(name).is_file() else Path(directory) / name
-            groups = defaultdict(list)
-            for row in load_rows(path):
-                if max_frames:
-                    row = evaluation.edit_videos(row, lambda item: capped(item, max_frames))
+            path = Path(directory) / name                                     # --data F.jsonl is an absolute path here
+            groups, texts = defaultdict(list), 0
+            for row in framed(load_rows(path), fps, max_frames):
                 media = first_media(row)
-                groups[json.dumps(media) if media else len(groups) // 8].append(row)     # text alone: any 8 together
+                groups[json.dumps(media) if media else texts // 8].append(row)           # text alone counts by eights
+                texts += not media
             self.groups.append((path.parent, list(groups.values())))
             self.shares.append(share if isinstance(share, tuple) else (share, share))
 
@@ -239,10 +242,15 @@ class Data:
         """Take a share of the videos of each file out → [(rows, root)]: none where a file has one video only."""
         out = []
         for i, (root, groups) in enumerate(self.groups):
-            order = np.random.default_rng(self.seed[0]).permutation(len(groups))
-            count = min(math.ceil(share * len(groups)), len(groups) - 1)
-            out.append((sum([groups[k] for k in order[:count]], []), root))
-            self.groups[i] = root, [groups[k] for k in sorted(order[count:])]
+            videos = defaultdict(list)                       # a video, with all that is asked of its parts; eight texts
+            for k, rows in enumerate(groups):
+                media = first_media(rows[0])
+                videos[media[media["type"]] if media else k].append(rows)
+            videos = list(videos.values())
+            order = np.random.default_rng(self.seed[0]).permutation(len(videos))
+            count = min(math.ceil(share * len(videos)), len(videos) - 1)
+            out.append((sum(sum([videos[k] for k in order[:count]], []), []), root))
+            self.groups[i] = root, sum([videos[k] for k in sorted(order[count:])], [])
         return [(rows, root) for rows, root in out if rows]
 
     def step(self, step, packs, branches):
@@ -253,6 +261,8 @@ class Data:
             root, groups = self.groups[f]
             weight = np.sqrt([len(rows) for rows in groups])                  # a lone row is not worth a whole pack
             rows = groups[rng.choice(len(groups), p=weight / weight.sum())]
+            if not first_media(rows[0]):                                      # any texts can share a pack
+                rows = [row for rows in groups if not first_media(rows[0]) for row in rows]
             out.append(([rows[i] for i in rng.permutation(len(rows))[:branches]], root))
         return self.share(out)
 
@@ -292,10 +302,22 @@ class Data:
              f"no readable video in step {step}: {next(iter(self.skipped), '')}")
         return micro_batches(packs, recipe.tokens)
 
+    def prepared(self, step, recipe):
+        """In a worker process: the batches of a step, or what is wrong with it, and what it skipped."""
+        self.skipped = Counter()
+        try:
+            return self.batches(step, recipe), self.skipped
+        except UserError as e:
+            return e, self.skipped
 
-def capped(item, most):
-    """A video item with at most so many frames, in pairs half a second apart."""
-    return item if item.get("max_frames", math.inf) <= most else {**item, "max_frames": most, "pairs": True}
+
+def framed(rows, fps=None, max_frames=None):
+    """The rows, their videos with `fps` where they name none and at most `max_frames` frames, in pairs 1/fps apart."""
+    def change(item):
+        item = {"fps": fps, **item} if fps else item
+        few = not max_frames or item.get("max_frames", math.inf) <= max_frames
+        return item if few else {**item, "max_frames": max_frames, "pairs": True}
+    return [evaluation.edit_videos(row, change) for row in rows] if fps or max_frames else rows
 
 
 def first_media(row):
@@ -476,8 +498,10 @@ class Trainer:
 
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
-        self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage)
-        self.settings = repr((recipe, args.seed, str(inherits), args.freeze))      # a resumed run must have the same
+        self.after = mark_of(inherits)
+        self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage, recipe)
+        teacher = getattr(args, "teacher", None)                                # a resumed run must have the same
+        self.settings = repr((recipe, args.seed, str(inherits), args.freeze, str(teacher)))
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
         model.requires_grad_(True)
         parts = {"vision": (model.visual.blocks, model.visual.patch_embed, model.visual.pos_embed),
@@ -524,10 +548,12 @@ class Trainer:
             total += float(loss.detach())
         if world() > 1 and not self.args.fsdp:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-            flat = torch.cat([g.flatten() for g in grads])
+            some = torch.tensor([float(p.grad is not None) for p in self.parameters])
+            flat = torch.cat([*(g.flatten() for g in grads), some.to(grads[0])])
             dist.all_reduce(flat)
-            for p, part in zip(self.parameters, flat.split([g.numel() for g in grads])):
-                p.grad = part.view_as(p)
+            *parts, some = flat.split([*(g.numel() for g in grads), len(grads)])
+            for p, part, known in zip(self.parameters, parts, some.tolist()):
+                p.grad = part.view_as(p) if known else None          # no process has one: the optimizer passes it over
         total = sum(gather(total))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.norm = float(whole(norm))
@@ -539,12 +565,13 @@ class Trainer:
 
     def even(self, jobs):
         """With FSDP all processes go through the same modules together. So that each has equally many batches, some are
-        repeated with weight 0, and a batch without a picture gets a blank one, which stands for no token."""
+        repeated with weight 0; if any has a picture, a batch without gets a blank one, which stands for no token."""
         counts, cfg = gather(len(jobs)), self.model.cfg
         need(min(counts), f"{self.stage}: a process found no readable video for its share of a step; give more --packs")
         blank = {"patches": torch.zeros(cfg.merge ** 2, 6 * cfg.patch ** 2, dtype=torch.uint8),
                  "grids": torch.full((1, 2), cfg.merge)}
-        jobs = [(batch if len(batch["patches"]) else batch | blank, *rest) for batch, *rest in jobs]
+        if any(gather(any(len(batch["patches"]) for batch, *_ in jobs))):
+            jobs = [(batch if len(batch["patches"]) else batch | blank, *rest) for batch, *rest in jobs]
         return jobs + [(*jobs[0][:2], 0.0)] * (max(counts) - len(jobs))
 
     def supervised(self, batches):
@@ -568,7 +595,8 @@ class Trainer:
             if self.stage not in ("rl", "opd"):
                 loss = evaluation.held_out_loss(self.model, self.processor, rows, root, name="val")[0]
                 return "val_loss", loss, -loss
-            texts = evaluation.answer_rows(self.model, self.processor, rows, root, max_new=24, name="val")
+            texts = evaluation.answer_rows(self.model, self.processor, rows, root, max_new=self.recipe.max_new,
+                                            name="val")
         reward = float(np.mean([text is not None and evaluation.reward(text, row) for text, row in zip(texts, rows)]))
         return "val_reward", reward, reward
 
@@ -591,6 +619,8 @@ class Trainer:
                 optimizer.load_state_dict(saved)
             first, seen, best = state["step"], state["tokens"], state["best"]
             print(f"{self.stage}: resuming at step {first} of {steps}")
+        else:
+            once(lambda: forget(self.directory))
         once(lambda: self._cut_metrics(first))
         bar = tqdm(range(first, steps), f"{self.stage:>9}", steps, initial=first, mininterval=1)
         saved, began, already, self.flops = time.monotonic(), time.monotonic(), seen, 0
@@ -626,8 +656,8 @@ class Trainer:
                 saved = time.monotonic()
         seconds = time.monotonic() - began
         finish()
-        done = {"stage": self.stage, "inherits": str(self.inherits), "seed": self.args.seed, "tokens": seen,
-                "seconds": round(seconds, 1), "processes": world(), "recipe": asdict(self.recipe)}
+        done = {"stage": self.stage, "inherits": str(self.inherits), "after": self.after, "seed": self.args.seed,
+                "tokens": seen, "seconds": round(seconds, 1), "processes": world(), "recipe": asdict(self.recipe)}
         self._save_model(self.directory, done)
         once(lambda: state_file.unlink(missing_ok=True))
         self.model.eval()
@@ -654,12 +684,26 @@ class Trainer:
             write_atomic(self.metrics, lambda p: p.write_text("".join(line + "\n" for line in lines)))
 
 
-def val_rows(args, stage):
+def forget(directory):
+    """Before a stage is trained anew: what says that it is finished, and what was measured of it."""
+    for name in ("config.json", "scores.json", "agent.json"):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "best", ignore_errors=True)
+
+
+def mark_of(directory):
+    """Tells one training of a stage from another; "" of a checkpoint that we did not train."""
+    path = Path(directory or "") / "stage.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
+
+def val_rows(args, stage, recipe):
     """The held-out rows of --eval-every and the folder of their media; None without it."""
     if not args.eval_every:
         return None
     path = args.val or args.data_dir / "val.jsonl"
-    rows = [row for row in load_rows(path) if stage not in ("rl", "opd") or row["task"] in ("mcq", "grounding")]
+    rows = [row for row in framed(load_rows(path), recipe.fps, recipe.max_frames)
+            if stage not in ("rl", "opd") or row["task"] in ("mcq", "grounding")]
     need(rows, f"{path}: has no rows of mcq or grounding, whose rewards choose {stage}'s best; give --val FILE")
     return rows, path.parent
 
@@ -668,14 +712,21 @@ def val_rows(args, stage):
 
 def train_supervised(trainer, data):
     """cpt, sft: next token on the answers."""
-    loader, prepare = None, partial(data.batches, recipe=trainer.recipe)
+    loader = None
 
     def step_of(step):
         nonlocal loader
         if trainer.args.workers and not loader:              # its processes turn numbers of steps into batches
-            loader = iter(torch.utils.data.DataLoader(range(step, trainer.recipe.steps), None, collate_fn=prepare,
-                                                      num_workers=trainer.args.workers, prefetch_factor=4))
-        batches = next(loader) if loader else prepare(step)
+            loader = iter(torch.utils.data.DataLoader(
+                range(step, trainer.recipe.steps), None, collate_fn=partial(data.prepared, recipe=trainer.recipe),
+                num_workers=trainer.args.workers, prefetch_factor=4))
+        if loader:
+            batches, skipped = next(loader)
+            data.skipped.update(skipped)
+            if isinstance(batches, UserError):
+                raise batches
+        else:
+            batches = data.batches(step, trainer.recipe)
         loss = trainer.update(trainer.supervised(batches))
         return {"loss": loss, "tokens": int(sum(b["valid"].sum() for b in batches))}
     trainer.fit(step_of)
@@ -735,7 +786,8 @@ def rollout(trainer, data, drawn, samples, number, temperature=None, model=None)
     stop = trainer.tokenizer.token_id("<|im_end|>")
     temperature = trainer.recipe.temperature if temperature is None else temperature
     with trainer.autocast():
-        outs = generate(model or trainer.model, prompts, stop, 24, temperature, samples, trainer.generator(number))
+        outs = generate(model or trainer.model, prompts, stop, trainer.recipe.max_new, temperature, samples,
+                        trainer.generator(number))
     return rows, prompts, outs, roots
 
 
@@ -783,6 +835,9 @@ def keep_rows(trainer, data, rule):
         once(lambda: path.unlink(missing_ok=True))
     found = stored(path, filtered)
     ids = set(found["keep"])
+    count = Counter(row["id"] for _, groups in data.groups for rows in groups for row in rows)
+    twice = next((i for i in found["keep"] if count[i] > 1), None)
+    need(twice is None, f"{trainer.stage}: its data has {count[twice]} rows with the id {twice!r}; make them differ")
     data.keep(lambda row: row["id"] in ids)
     print(f"{trainer.stage}: {found['note']}")
 
@@ -937,13 +992,16 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
 def recipe_of(stage, args, parameters):
     """The stage's recipe with the command's overrides, for a model of so many parameters."""
     recipe = TINY[stage]
-    changes = dict(LARGE[stage] if parameters > 1e8 else SMALL if parameters > 1e7 else {})
-    flags = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames")
-    changes |= {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    changes = {**(SMALL if parameters > 1e7 else {}), **(LARGE[stage] if parameters > 1e8 else {})}
+    flags = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new")
+    recipe = replace(recipe, **changes)
+    changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    if args.lr:
+        changes["lr_min"] = recipe.lr_min * args.lr / recipe.lr
     if args.kl:
         changes["kl_form"] = args.kl
     if args.data:
-        changes |= {"mix": {str(path): 1.0 for path in args.data}, "replay": {}}
+        changes |= {"mix": {str(path.resolve()): 1.0 for path in args.data}, "replay": {}}
     if args.without:
         changes["mix"] = {name: share for name, share in recipe.mix.items() if name not in args.without}
         need(changes["mix"] and set(args.without) <= set(recipe.mix),
@@ -953,7 +1011,10 @@ def recipe_of(stage, args, parameters):
 
 def converted_as(start, args):
     """What the conversion of `start` leaves in convert/stage.json beside its figures."""
-    return {"inherits": str(start), "attn": args.attn, "cache_share": args.cache_share}
+    return {"inherits": str(start), "attn": args.attn, "cache_share": args.cache_share, "seed": args.seed,
+            "data": [str(path.resolve()) for path in args.data or ()], "max_frames": args.max_frames,
+            "written": {p.name: p.stat().st_mtime_ns for p in sorted(start.iterdir())
+                        if p.name in ("config.json", "weights.pt") or p.suffix == ".safetensors"}}
 
 
 def start_of(stage, args):
@@ -969,7 +1030,8 @@ def start_of(stage, args):
 
 def data_of(stage, recipe, processor, args):
     """The stage's own data."""
-    data = Data(args.data_dir, recipe.mix, processor, args.seed, stage, recipe.steps, recipe.max_frames)
+    data = Data(args.data_dir, recipe.mix, processor, args.seed, stage, recipe.steps, recipe.fps,
+                recipe.max_frames)
     if stage in ("rl", "opd"):                           # their rewards are rules for these two tasks
         data.keep(lambda row: row["task"] in ("mcq", "grounding"))
         need(len(data.groups) == len(recipe.mix),
@@ -997,6 +1059,8 @@ def show_samples(stage, args):
         recipe = replace(recipe, mix={name: share for name, share in recipe.mix.items() if name != CURATED})
     trainer = Trainer(model, processor, recipe, stage, args, start)
     data, left = data_of(stage, recipe, processor, args), args.show_sample
+    if stage == "cpt":
+        held_out(args, data, recipe)                         # is no part of it
     group = recipe.group if stage == "rl" else 1
     marks = COLOURS if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else BRACKETS
     print(f"{stage}: {marks['loss'].format('in the loss')} {marks['prompt'].format('prompt')} "
@@ -1061,7 +1125,7 @@ def run_stage(stage, args):
     if CURATED in recipe.mix:
         once(lambda: curate(start, args))
     stage_data = data_of(stage, recipe, processor, args)
-    held = held_out(args, stage_data) if stage == "cpt" else []
+    held = held_out(args, stage_data, recipe) if stage == "cpt" else []
     converts = stage == "cpt" and model.cfg.attn == "gqa" != args.attn
     before = loss_on(model, processor, held) if held and (converts or args.data) else None
     if converts:
@@ -1074,28 +1138,31 @@ def run_stage(stage, args):
         train_rl(trainer, stage_data)
     elif stage == "opd":
         teacher = find_model(args.teacher or args.out / "teacher")
-        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, args.seed, "replay",
-                                        max_frames=recipe.max_frames)
+        replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, args.seed, "replay", 1, recipe.fps,
+                                        recipe.max_frames)
+        if replay:
+            replay.skipped = stage_data.skipped              # counted together
         train_opd(trainer, stage_data, teacher, replay, args.teacher_device)
     else:
         train_supervised(trainer, stage_data)
     if held and args.data:
         print(f"{stage}: held-out loss {before:.4f} → {loss_on(model, processor, held):.4f} nats")
-    if stage_data.skipped:
-        print(f"{stage}: skipped {stage_data.skipped.total()} draws of unreadable videos; first: "
-              f"{next(iter(stage_data.skipped))}")
+    if skipped := sum(gather(stage_data.skipped), Counter()):
+        print(f"{stage}: skipped {skipped.total()} draws of unreadable videos; first: {next(iter(skipped))}")
 
 
-def held_out(args, data):
+def held_out(args, data, recipe):
     """[(rows, root)] that CPT does not see: of --val, of the toy's val.jsonl, or one video in twenty of --data."""
     if args.data and not args.val:
         return data.hold_out()
     path = args.val or args.data_dir / "val.jsonl"
-    return [(load_rows(path), path.parent)]
+    return [(framed(load_rows(path), recipe.fps, recipe.max_frames), path.parent)]
 
 
 def loss_on(model, processor, held):
-    tables = [evaluation.held_out_loss(model, processor, rows, root)[1] for rows, root in held]
+    device = model.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        tables = [evaluation.held_out_loss(model, processor, rows, root)[1] for rows, root in held]
     nats, tokens = np.concatenate(tables).sum(0)
     return float(nats / max(1.0, tokens))
 
@@ -1104,7 +1171,8 @@ def convert_stage(model, processor, args, start, data, held, before):
     """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
     need(held, "--data: holds one video only, none can be held out to measure the conversion; give --val")
     if not args.data:
-        data = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert")
+        data, skipped = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert"), data.skipped
+        data.skipped = skipped
     ratio = convert(model, data, args)
     after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
@@ -1113,6 +1181,7 @@ def convert_stage(model, processor, args, start, data, held, before):
          f"--max-damage {args.max_damage}; calibrate on more data or raise the ranks")
 
     def leave():
+        forget(args.out / "convert")
         save_model(args.out / "convert", model, processor.tokenizer)
         record = {"cache_ratio": ratio, **converted_as(start, args)}         # last: start_of looks for it
         write_atomic(args.out / "convert" / "stage.json", lambda p: p.write_text(json.dumps(record)))
@@ -1161,6 +1230,18 @@ def scores_of(stage, args):
     return stored(args.out / stage / "scores.json", measure)
 
 
+def finished(stage, args):
+    """Whether --out has the stage, and not of an earlier training of the stage before it."""
+    directory, before = args.out / stage, args.out / PREVIOUS[stage]
+    if not (directory / "config.json").is_file():
+        return False
+    record, mark = read_json(directory / "stage.json"), mark_of(before)
+    if Path(record["inherits"]).resolve() == before.resolve() and record.get("after", mark) != mark:
+        print(f"{stage}: was trained before {before.name} was trained again; once more")
+        return False
+    return True
+
+
 def whole_recipe(args):
     """Every stage in order, each evaluated on test items that no stage has seen; ends with the table."""
     began = time.monotonic()
@@ -1170,7 +1251,7 @@ def whole_recipe(args):
          command("data/toy/pretrain.py", "--out", args.out, "--seed", args.seed, "--preset", args.preset))
     scores = {"base": scores_of("base", args)}
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
-        if not (args.out / stage / "config.json").is_file():
+        if not finished(stage, args):
             run_stage(stage, args)
         if stage == "cpt":
             scores["convert"] = scores_of("convert", args)
@@ -1195,7 +1276,8 @@ def assemble(scores, gap_kinds, args):
     for stage, score in scores.items():
         results[stage] = {k: v for k, v in score.items() if k.startswith("loss")}
         results[stage] |= {length: evaluation.stage_figures(score[length]) for length in lengths if length in score}
-    results["convert"] |= read_json(args.out / "convert" / "stage.json")
+    record = read_json(args.out / "convert" / "stage.json")
+    results["convert"] |= {k: record[k] for k in ("cache_ratio", "inherits", "attn", "cache_share")}
     # The share of the student-teacher gap that OPD closes: on the test items of those kinds of question in which the
     # *training* pool showed a gap (choosing them on the test would count luck as progress).
     rows = [(length, row) for length in lengths for row in load_rows(args.data_dir / f"test_{length}.jsonl")
@@ -1229,6 +1311,8 @@ def main():
     add("--data", nargs="+", type=Path, metavar="F.jsonl", help="train on these files instead of the recipe's mix")
     add("--without", nargs="+", default=(), metavar="F.jsonl", help="leave files out of the recipe's mix")
     add("--max-frames", type=int, help="at most so many frames of a video (default: what the rows say)")
+    add("--max-new", type=int, help="rl, opd: at most so many tokens of a sampled answer (default: 24; from 100 M "
+        "parameters on 256)")
     add("--val", type=Path, metavar="F.jsonl", help="held-out rows, of cpt and of --eval-every (default: val.jsonl of "
         "--data-dir; cpt with --data: one video in twenty of it, which is not trained on)")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
@@ -1259,7 +1343,7 @@ def main():
     add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
     args = parser.parse_args()
     at_least = {0: "muon workers save_every seed eval_every", 2: "max_frames",            # frames come in pairs
-                1: "steps packs branches tokens jobs show_sample"}
+                1: "steps packs branches tokens max_new jobs show_sample"}
     for least, names in at_least.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1287,7 +1371,7 @@ def main():
     need(not args.fsdp or stage in ("cpt", "sft_short", "sft_long"), "--fsdp: for --stage cpt or sft; rl and opd "
          "sample answers, which needs all weights at each token")
     need(stage or not args.eval_every, "--eval-every: needs --stage")
-    val_rows(args, stage)                                # a mistake in it speaks now, not after the conversion
+    val_rows(args, stage, TINY.get(stage))           # a mistake in it speaks now, not after the conversion
     need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
     count, packs = int(os.environ.get("WORLD_SIZE", jobs)), args.packs or min(r.packs for r in TINY.values())

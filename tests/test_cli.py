@@ -243,15 +243,20 @@ def test_the_samples_of_rl_are_a_tree_with_rewards(command, world):
 
 
 def test_two_processes_do_what_one_does(command, world):
-    """Training: the same losses. Scores of a file, direct and of the agent: the same results."""
+    """Training, also started by torchrun: the same losses. Scores of a file, direct and of the agent: the same."""
     losses, scores = {}, {}
+    stage = ("--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base", "--data-dir", "data", "--steps", "2",
+             "--packs", "4", "--branches", "3", "--out")
+
+    def losses_of(out):
+        lines = [json.loads(line) for line in (world / out / "metrics.jsonl").open()]
+        return [[x["loss"] for x in lines], [x["tokens"] for x in lines]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *stage, "byrun"], cwd=world, env=ENV, check=True)
     for jobs in (1, 2):
-        flags = ("--steps", 2, "--packs", 4, "--branches", 3, "--out", f"by{jobs}", "--jobs", jobs)
-        code, _, err = command(world, "train.py", "--stage", "cpt", "--attn", "gqa", "--init", "runs/tiny/base",
-                               "--data-dir", "data", *flags)
+        code, _, err = command(world, "train.py", *stage, f"by{jobs}", "--jobs", jobs)
         assert code == 0, err
-        lines = [json.loads(line) for line in (world / f"by{jobs}" / "metrics.jsonl").open()]
-        losses[jobs] = [[x["loss"] for x in lines], [x["tokens"] for x in lines]]
+        losses[jobs] = losses_of(f"by{jobs}")
         scores[jobs] = []
         for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
             code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 6, "--max-new", 4,
@@ -261,6 +266,7 @@ def test_two_processes_do_what_one_does(command, world):
             samples = [json.loads(line) for line in (world / f"{file}{jobs}.jsonl").open()]
             scores[jobs].append([json.loads((world / "by.json").read_text()), [{**x, "ms": 0} for x in samples]])
     assert losses[1][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[1][1] == losses[2][1]
+    assert losses_of("byrun") == losses[2]
     assert scores[1] == scores[2]
 
 

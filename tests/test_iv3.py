@@ -281,6 +281,20 @@ def test_the_position_table_is_interpolated_in_the_order_of_the_patches(tokenize
     torch.testing.assert_close(tower.position_embedding(4, 6).detach(), torch.stack(expected))
 
 
+@torch.no_grad()
+def test_the_vision_tower_takes_long_videos_in_parts_of_bounded_memory(tokenizer, monkeypatch):
+    tower, sizes = random_model(CONFIG, tokenizer).visual, []
+    grids = torch.tensor([[2, 4]] * 5 + [[4, 4]] * 3)
+    patches = torch.randint(0, 256, (int(grids.prod(1).sum()), 6 * CONFIG.patch ** 2), dtype=torch.uint8)
+    whole = tower(patches, grids)
+    encode = tower.encode_grid
+    monkeypatch.setattr(tower, "encode_grid", lambda part, *run: sizes.append(len(part)) or encode(part, *run))
+    monkeypatch.setattr(iv3, "VISION_CHUNK", 17)
+    for part, same in zip(tower(patches, grids), whole):
+        torch.testing.assert_close(part, same)
+    assert sizes == [16, 16, 8, 16, 16, 16]
+
+
 # ---------------------------------------------------------------------------------------------------------- video files
 
 def test_read_video_gives_frames_with_their_times(folder):

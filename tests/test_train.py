@@ -323,22 +323,81 @@ def test_processes_share_a_step_evenly(processes, monkeypatch):
 
 
 def test_max_frames_caps_each_video_of_the_stage(toy, processor):
-    few, whole = (train.Data(toy, MIX, processor, 0, "sft_long", 1, most) for most in (8, None))
+    few, fast, whole = (train.Data(toy, MIX, processor, 0, "sft_long", 1, *how) for how in ((None, 8), (4.0,), ()))
     (row, *_), root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
-    same, = (r for _, groups in whole.groups for rows in groups for r in rows if r["id"] == row["id"])
-    assert [processor.encode(r["messages"], root).frames for r in (row, same)] == [8, 2 * int(row["duration"])]
+    rows = [row, *(next(r for _, groups in data.groups for rows in groups for r in rows if r["id"] == row["id"])
+                   for data in (fast, whole))]
+    seconds = int(row["duration"])
+    assert [processor.encode(r["messages"], root).frames for r in rows] == [8, 4 * seconds, 2 * seconds]
+
+
+def texts_and_pictures(toy, folder, order, texts=20, pictures=20):
+    """d.jsonl: rows with and without media, in the order of a key (number of the row) -> place."""
+    lines = [(toy / f"cpt_{kind}.jsonl").read_text().splitlines() for kind in ("text", "image")]
+    rows = [json.loads(some[i % len(some)]) for some, count in zip(lines, (texts, pictures)) for i in range(count)]
+    for row in rows[texts:]:
+        media = train.first_media(row)
+        media["image"] = str(toy / media["image"])
+    lines = [json.dumps({**rows[i], "id": str(i)}) + "\n" for i in sorted(range(len(rows)), key=order)]
+    (folder / "d.jsonl").write_text("".join(lines))
+
+
+def test_rows_without_media_count_by_eights_wherever_they_stand(toy, processor, tmp_path):
+    sizes = []
+    for order in (lambda i: i, lambda i: -i, lambda i: i % 20):
+        texts_and_pictures(toy, tmp_path, order)
+        data = data_of(tmp_path, processor, "d.jsonl")
+        (_, groups), = data.groups
+        sizes.append(sorted(len(rows) for rows in groups if not train.first_media(rows[0])))
+    assert sizes == [[4, 8, 8]] * 3
+    drawn = [rows for n in range(40) for rows, _ in data.step(n, 4, 8)]
+    assert {bool(train.first_media(row)) for rows in drawn for row in rows} == {True, False}
+    seen = [{row["id"] for row in rows} for rows in drawn if not train.first_media(rows[0])]
+    assert {len(ids) for ids in seen} == {8} and len(set().union(*seen)) == 20     # any of them together
+    texts_and_pictures(toy, tmp_path, lambda i: i, texts=60, pictures=0)
+    data = data_of(tmp_path, processor, "d.jsonl")
+    assert 16 <= sum(len(rows) for rows, _ in train.pool_of(data, 16, 0)) < 24
+    (held, _), = data.hold_out()
+    assert len(held) in (4, 8) and len(held) + sum(map(len, data.groups[0][1])) == 60
+
+
+def test_a_held_out_video_is_not_trained_on_in_parts_either(toy, processor, tmp_path):
+    """Each clip is asked about whole and from its third second on."""
+    rows = [json.loads(line) for line in (toy / "cpt_video.jsonl").open()][:30]
+    cut = json.loads(json.dumps(rows))
+    for row in cut:
+        row["id"] += "-cut"
+        train.first_media(row)["start"] = 3.0
+    lines = [json.dumps(row) + "\n" for row in rows + cut]
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    data = data_of(tmp_path, processor, "d.jsonl")
+    (held, _), = data.hold_out(0.3)
+    kept = [row for group in data.groups[0][1] for row in group]
+    clips = [{train.first_media(row)["video"] for row in some} for some in (held, kept)]
+    assert clips[0] and clips[1] and not clips[0] & clips[1] and len(held) + len(kept) == 60
+
+
+def test_a_file_of_the_current_folder_is_not_taken_for_the_recipes(toy, processor, tmp_path, monkeypatch):
+    (tmp_path / "rl.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert data_of(toy, processor, "rl.jsonl").groups
 
 
 def test_without_leaves_files_out_of_the_mix():
-    flags = "steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "kl", "data"
+    flags = "steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new", "kl", "data"
     args = SimpleNamespace(**dict.fromkeys(flags), without=["sft_long.jsonl"])
     left = train.recipe_of("sft_long", args, 10 ** 6).mix
+    args.lr = 1e-4
+    slow, whole = train.recipe_of("sft_long", args, 10 ** 6), train.TINY["sft_long"]
+    assert slow.lr == 1e-4 and slow.lr_min / slow.lr == pytest.approx(whole.lr_min / whole.lr)
+    large = train.recipe_of("sft_long", args, 2 * 10 ** 9)
+    assert (large.tokens, large.fps, large.max_frames) == (train.SMALL["tokens"], 4.0, 2048)
     assert left == {name: share for name, share in train.TINY["sft_long"].mix.items() if name != "sft_long.jsonl"}
     with pytest.raises(UserError, match="--without sft_long.jsonl: cpt has cpt_text.jsonl, cpt_image.jsonl"):
         train.recipe_of("cpt", args, 10 ** 6)
 
 
-def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
+def test_unreadable_videos_are_skipped_and_counted(tiny, tokenizer, toy, processor, tmp_path):
     rows = [json.loads(line) for line in (toy / "sft_short.jsonl").open()]
     rows = [r for r in rows if r["id"].endswith(("-00", "-01"))][:24]        # of twelve videos
     for row in rows:                                                         # absolute paths: the file lives elsewhere
@@ -353,8 +412,15 @@ def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
     sizes = [sum(len(b["ids"]) for b in data.batches(n, recipe)) for n in range(6)]
     assert 0 < drawn < 24 and sum(sizes) == 24 - drawn
     assert sum(data.skipped.values()) == drawn and "broken.mp4" in next(iter(data.skipped))
+    trainer = trainer_of(tmp_path, tiny, tokenizer, steps=6, branches=2, args=arguments(tmp_path, workers=2))
+    (other := data_of(tmp_path, processor, "d.jsonl")).skipped["before"] = 1
+    train.train_supervised(trainer, other)                                   # worker processes count for this one
+    assert other.skipped == data.skipped + type(data.skipped)(before=1)
     only = tmp_path / "only.jsonl"
     only.write_text(json.dumps(bad) + "\n")
+    with pytest.raises(UserError, match="no readable video in step 0: .*broken.mp4"):
+        train.train_supervised(trainer_of(tmp_path / "2", tiny, tokenizer, args=arguments(tmp_path / "2", workers=1)),
+                               data_of(tmp_path, processor, "only.jsonl"))
     with pytest.raises(UserError, match="broken.mp4"):
         data_of(tmp_path, processor, "only.jsonl").batches(0, recipe)
 
@@ -363,7 +429,7 @@ def test_unreadable_videos_are_skipped_and_counted(toy, processor, tmp_path):
 
 def arguments(out, **changes):
     flags = dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0, eval_every=0, checkpointing=False,
-                 fsdp=False)
+                 fsdp=False, teacher=None)
     return SimpleNamespace(**{**flags, **changes})
 
 
@@ -590,6 +656,49 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(kind, tiny, tokeni
     assert train.train_flops(model, batch) == pytest.approx(3 * (counter.get_total_flops() - 2 * padding), rel=0.001)
 
 
+@torch.no_grad()
+def test_generation_under_bf16_is_close_to_fp32(model, processor, toy):
+    """As RL and OPD sample on a GPU: fp32 weights, autocast, prompts and new tokens against the cache."""
+    data = data_of(toy, processor, "sft_short.jsonl")
+    (rows, root), = data.step(0, 1, 4)
+    prompts = data.encode([{**row, "messages": row["messages"][:-1]} for row in rows], root, generation=True)
+    token = torch.tensor([[7]] * len(prompts))
+    position = torch.tensor([p.next_position for p in prompts]).expand(3, -1)[..., None]
+
+    def hidden():
+        cache, last = iv3.prefill(model, prompts, 4)
+        return cache, torch.stack([last, model(token, position, cache=cache)[:, 0]])
+    _, exact = hidden()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache, close = hidden()
+        assert len(iv3.generate(model, prompts, 0, 3, 1.0, 2, torch.Generator().manual_seed(0))) == 2 * len(prompts)
+    assert {t.dtype for t in cache.view(0)} == {torch.bfloat16}
+    assert 0 < (close - exact).norm() < 0.05 * exact.norm()
+
+
+def text_process(number, out, tiny, processor, toy):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=number, world_size=2)
+    text_run(out, tiny, processor, toy)
+    dist.destroy_process_group()
+
+
+def text_run(out, tiny, processor, toy):
+    trainer = trainer_of(out, tiny, processor.tokenizer, steps=2, packs=2, muon=0.01)
+    train.train_supervised(trainer, data_of(toy, processor, {"sft_short.jsonl": (1, 0), "cpt_text.jsonl": (0, 1)}))
+
+
+def test_a_step_without_pictures_leaves_the_vision_tower_also_of_two_processes(tiny, processor, toy, tmp_path):
+    """No process has a gradient of it: no decay, no momentum, as of one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    text_run(one, tiny, processor, toy)
+    torch.multiprocessing.start_processes(text_process, (two, tiny, processor, toy), 2, start_method="fork")
+    first, second = (iv3.load_model(out / "sft_short")[0].state_dict() for out in (one, two))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
 def fsdp_process(number, out, tiny, processor, toy):
     """One of two processes: three of five steps, then a new start from the saved state."""
     torch.set_num_threads(1)
@@ -635,6 +744,51 @@ def test_two_processes_that_share_the_weights_do_what_one_does(tiny, processor, 
     first, second = (iv3.load_model(out / "sft_short")[0].state_dict() for out in (one, two))
     for name in first:
         torch.testing.assert_close(second[name], first[name], atol=1e-3, rtol=1e-2, msg=name)
+
+
+def test_a_stage_trained_again_forgets_its_scores_and_those_after_it_are_stale(tiny, tokenizer, tmp_path, capsys):
+    args = arguments(tmp_path)
+
+    def fit(stage, before):
+        model = random_model(tiny, tokenizer)
+        Trainer(model, Processor(tokenizer, tiny), Recipe({}, 1, 1.0), stage, args, tmp_path / before).fit(
+            lambda step: {"loss": 1.0, "tokens": 1})
+    fit("sft_long", "sft_short")
+    fit("rl", "sft_long")
+    assert train.finished("sft_long", args) and train.finished("rl", args) and not train.finished("opd", args)
+    (tmp_path / "sft_long" / "scores.json").write_text("{}")
+    (tmp_path / "sft_long" / "best").mkdir()
+    args.seed = 1
+    fit("sft_long", "sft_short")
+    assert sorted(p.name for p in (tmp_path / "sft_long").iterdir()) == ["config.json", "stage.json", "vocab.json",
+                                                                         "weights.pt"]
+    assert train.finished("sft_long", args) and not train.finished("rl", args)
+    assert "rl: was trained before sft_long was trained again; once more" in capsys.readouterr().out
+
+
+def test_a_base_that_was_replaced_is_converted_again(tiny, tokenizer, tmp_path):
+    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, max_frames=None)
+    iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer), tokenizer)
+    (tmp_path / "convert").mkdir()
+    record = {"cache_ratio": 0.5, **train.converted_as(tmp_path / "base", args)}
+    (tmp_path / "convert" / "stage.json").write_text(json.dumps(record))
+    assert train.start_of("cpt", args) == tmp_path / "convert"
+    args.data = [tmp_path / "mine.jsonl"]
+    assert train.start_of("cpt", args) == tmp_path / "base"
+    args.data = None
+    iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer, seed=1), tokenizer)
+    assert train.start_of("cpt", args) == tmp_path / "base"
+
+
+def test_rows_that_share_an_id_are_refused_by_a_filter(tiny, processor, toy, tmp_path, stub_reward):
+    lines = (toy / "rl.jsonl").read_text().splitlines()[:4]
+    rows = [{**json.loads(line), "id": "same"} for line in lines]
+    for row in rows:
+        train.first_media(row)["video"] = str(toy / train.first_media(row)["video"])
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="rl: its data has 4 rows with the id 'same'"):
+        train.train_rl(trainer_of(tmp_path, tiny, processor.tokenizer, "rl"),
+                       data_of(tmp_path, processor, "d.jsonl", stage="rl"))
 
 
 def test_other_settings_do_not_resume_a_run(tiny, tokenizer, toy, tmp_path):

@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--model", help="the captioner: a stage's directory or a run; default: the newest run")
     parser.add_argument("--prompt", default=PROMPT, help="asked of each clip, {t}: its middle (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--questions", type=int, default=16, help="rows of a video, at most (default 16)")
+    parser.add_argument("--questions", type=int, default=16, help="rows of a video, about (default 16)")
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of the longest clip (default 10)")
     parser.add_argument("--same", type=float, default=0.85, help="common words, 0-1, of captions that say the same")
     parser.add_argument("--limit", type=int, help="the first so many videos (default: all)")
