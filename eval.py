@@ -271,19 +271,10 @@ def score_grounding(texts, rows, seed=0):
 
 # ------------------------------------------------------------------------------------------------ trivial baselines
 
-@functools.cache
-def video_seconds(path):
-    """Length of a video; NaN if it cannot be read (the row counts as wrong further on, so no error here)."""
-    try:
-        return iv3.probe(path)
-    except iv3.MediaError:
-        return math.nan
-
-
 def window(item, row, root):
     """(start, end) in seconds of what a video item of the row shows."""
     end = item.get("end") or row.get("duration")
-    return item.get("start") or 0.0, end or video_seconds(Path(root) / item["video"])
+    return item.get("start") or 0.0, end or iv3.video_seconds(Path(root) / item["video"])
 
 
 def constant_spans(spans, rows, root):

@@ -420,6 +420,15 @@ def probe(path):
         return container.duration / av.time_base
 
 
+@lru_cache(None)
+def video_seconds(path):
+    """`probe`; NaN if the file cannot be read: its row counts as wrong further on, so no error here."""
+    try:
+        return probe(path)
+    except MediaError:
+        return math.nan
+
+
 @contextmanager
 def _open(path):
     """`with _open(path) as (container, video_stream, origin)`; every failure names the file. origin: where the file's

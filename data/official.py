@@ -119,9 +119,9 @@ class Rows:
         self.add(id, "mcq", video, question, answer, answer, options=options, **more)
 
 
-def prepare(name, count, presets, convert, annotations, media, out, preset="default", **more):
+def prepare(name, count, ours, authors, convert, annotations, media, out, preset="default", **more):
     """Writes NAME.jsonl, missing.txt and flawed.txt to `out`; returns what main() prints."""
-    presets = {p: {"name": p, **values, **presets[p]} for p, values in {**PRESETS, "authors": {}}.items()}
+    presets = {p: {"name": p, **values, **ours, **values} for p, values in {**PRESETS, "authors": authors}.items()}
     need(preset in presets, f"--preset {preset}: use one of {', '.join(presets)}")
     need(annotations.exists(), f"--annotations {annotations}: no such file or folder")
     made = Rows(name, media, out, presets[preset])
@@ -138,7 +138,7 @@ def prepare(name, count, presets, convert, annotations, media, out, preset="defa
             f"{len(made.flawed)} flawed, in flawed.txt")
 
 
-def main(doc, name, count, presets, convert, **flags):
+def main(doc, name, count, ours, authors, convert, **flags):
     """The command of a prepare.py. `flags`: {name: help} of further folders that convert() takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True, help="the official file, or the folder it is in")
@@ -147,4 +147,4 @@ def main(doc, name, count, presets, convert, **flags):
     parser.add_argument("--preset", default="default", help=f"{', '.join(PRESETS)} or authors (default: default)")
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", type=Path, metavar="DIR", help=text)
-    run_cli(lambda: print(prepare(name, count, presets, convert, **vars(parser.parse_args()))))
+    run_cli(lambda: print(prepare(name, count, ours, authors, convert, **vars(parser.parse_args()))))

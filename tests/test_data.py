@@ -53,7 +53,8 @@ def prepared(name, annotations, folder, preset="default", **more):
     """The rows that iv3.load_rows reads; the lines of flawed.txt and missing.txt."""
     (folder / "media").mkdir(exist_ok=True)
     module, out = MODULES[name], folder / "out"
-    official.prepare(name, 9, module.PRESETS, module.convert, annotations, folder / "media", out, preset, **more)
+    official.prepare(name, 9, module.OURS, module.AUTHORS, module.convert, annotations, folder / "media", out, preset,
+                     **more)
     lists = [(out / f"{file}.txt").read_text().splitlines() for file in ("flawed", "missing")]
     return iv3.load_rows(out / f"{name}.jsonl"), *lists
 
@@ -377,7 +378,7 @@ def test_the_authors_settings(tmp_path):
     want = {"videomme": (1024, [256, 256], 16), "lvbench": (1024, [256, 256], 16), "mlvu": (2048, [256, 256], 16),
             "egoschema": (2048, [64, 128], 16), "charades_sta": (512, [256, 256], 50)}
     for name, settings in want.items():
-        preset = MODULES[name].PRESETS["authors"]
+        preset = MODULES[name].AUTHORS
         assert (preset["max_frames"], preset["frame_tokens"], preset["max_new"]) == settings and preset["fps"] == 4
 
 
@@ -397,7 +398,7 @@ def test_a_result_says_what_it_was_made_with(tmp_path, model, monkeypatch, capsy
     monkeypatch.setattr(iv3, "generate", lambda *a, **k: lengths.append(a[3]) or generate(*a, **k))
     results = {}
     for preset in ("default", "quick"):
-        monkeypatch.setitem(MODULES["videomme"].PRESETS[preset], "max_new", 3)
+        monkeypatch.setitem(official.PRESETS[preset], "max_new", 3)
         prepared("videomme", write(tmp_path / "m.json", [MME, gone]), tmp_path, preset)
         results[preset] = evaluation.evaluate(*model, tmp_path / "out" / "videomme.jsonl")
     assert lengths == [3, 3] and [r["meta"]["max_new"] for r in results.values()] == lengths    # the preset's
@@ -433,7 +434,7 @@ def test_wrong_flags_are_named(change, named, tmp_path):
     module, annotations = MODULES["videomme"], write(tmp_path / "m.json", [MME])
     arguments = dict(annotations=annotations, media=tmp_path, out=tmp_path / "out", preset="quick") | change
     with pytest.raises(UserError, match=named):
-        official.prepare("videomme", 1, module.PRESETS, module.convert, **arguments)
+        official.prepare("videomme", 1, module.OURS, module.AUTHORS, module.convert, **arguments)
 
 
 @pytest.mark.parametrize("change, named", [

@@ -14,19 +14,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from official import main, need, the_file
 
-from iv3 import MediaError, probe
+from iv3 import video_seconds
 
 OURS = {"option": "", "prompt": (  # lmms-eval's, its spelling too: there is no official one
     "Please find the visual event described by a sentence in the video, determining its starting and ending times. "
     "The format should be: 'The event happens in the start time - end time'. For example, The event 'person turn a "
     "light on' happens in the 24.3 - 30.4 seonds. Now I will give you the textual sentence: {question}. "
     "Please return its start time and end time.")}
-PRESETS = {"default": OURS, "quick": OURS,
-           "authors": {"fps": 4, "max_frames": 512, "frame_tokens": [256, 256], "max_new": 50, **OURS}}
+AUTHORS = {"fps": 4, "max_frames": 512, "frame_tokens": [256, 256], "max_new": 50}
 
 
 def convert(made, annotations):
-    path, lengths = the_file(annotations, "charades_sta_test.txt"), {}
+    path = the_file(annotations, "charades_sta_test.txt")
     for i, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
@@ -34,15 +33,10 @@ def convert(made, annotations):
         need(match, f"{path}:{i}: not 'ID START END##SENTENCE': {line.strip()[:60]!r}")
         key, start, end, text = match[1], float(match[2]), float(match[3]), match[4].strip(" .")
         video, flaw, more = made.find(key), "", {}
-        if key not in lengths:
-            try:
-                lengths[key] = probe(video)
-            except MediaError:
-                lengths[key] = None
         span = sorted((start, end))
         if start >= end:
             flaw, span[1] = f"runs from {start:g} to {end:g} s", max(span[1], span[0] + 0.1)
-        if length := lengths[key]:
+        if (length := video_seconds(video)) > 0:  # NaN: missing or broken
             more["duration"] = length
             if span[1] > length:
                 flaw = flaw or f"{start:g} to {end:g} s of a video of {length:.2f} s"
@@ -54,4 +48,4 @@ def convert(made, annotations):
 
 
 if __name__ == "__main__":
-    main(__doc__, "charades_sta", 3720, PRESETS, convert)
+    main(__doc__, "charades_sta", 3720, OURS, AUTHORS, convert)

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from official import LETTER_LINE, LETTERS, fields, load, main, need
 
 OURS = {"prompt": "{question}\n{options}" + LETTER_LINE, "option": "{}. {}"}  # lmms-eval's: there is no official one
-PRESETS = {"default": OURS, "quick": OURS,
-           "authors": {"fps": 4, "max_frames": 2048, "frame_tokens": [64, 128], "max_new": 16, **OURS}}
+AUTHORS = {"fps": 4, "max_frames": 2048, "frame_tokens": [64, 128], "max_new": 16}
 
 
 def convert(made, annotations):
@@ -36,4 +35,4 @@ def convert(made, annotations):
 
 
 if __name__ == "__main__":
-    main(__doc__, "egoschema", 500, PRESETS, convert)
+    main(__doc__, "egoschema", 500, OURS, AUTHORS, convert)

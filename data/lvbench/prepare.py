@@ -17,8 +17,7 @@ from official import LETTERS, fields, load, main, the_file
 
 OURS = {"prompt": "{question}\n{options}\nAnswer the question with the option letter.",  # lmms-eval's: no official one
         "option": "({}) {}"}
-PRESETS = {"default": OURS, "quick": OURS,
-           "authors": {"fps": 4, "max_frames": 1024, "frame_tokens": [256, 256], "max_new": 16, **OURS}}
+AUTHORS = {"fps": 4, "max_frames": 1024, "frame_tokens": [256, 256], "max_new": 16}
 
 
 def split(question):
@@ -63,4 +62,4 @@ def convert(made, annotations):
 
 
 if __name__ == "__main__":
-    main(__doc__, "lvbench", 1549, PRESETS, convert)
+    main(__doc__, "lvbench", 1549, OURS, AUTHORS, convert)

@@ -21,9 +21,8 @@ ASK = "Question: {question}\nOptions:\n{options}\nOnly give the best option."
 OURS = {"option": "({}) {}",  # the official prompt, without the beginning of the reply that it gives, "Best option:("
         "prompt": "Carefully watch this video and pay attention to every detail. Based on your observations, select "
                   f"the best option that accurately addresses the question.\n{ASK}"}
-PRESETS = {"default": OURS, "quick": OURS, "authors": {  # lmms-eval has that beginning at the end of the question
-    "fps": 4, "max_frames": 2048, "frame_tokens": [256, 256], "max_new": 16, "option": "({}) {}",
-    "prompt": "\n{question}\n{options}\nOnly give the best option.\n\nBest option: ("}}
+AUTHORS = {"fps": 4, "max_frames": 2048, "frame_tokens": [256, 256], "max_new": 16,
+           "prompt": "\n{question}\n{options}\nOnly give the best option.\n\nBest option: ("}  # lmms-eval's
 TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
 
 
@@ -46,4 +45,4 @@ def convert(made, annotations):
 
 
 if __name__ == "__main__":
-    main(__doc__, "mlvu", 2175, PRESETS, convert)
+    main(__doc__, "mlvu", 2175, OURS, AUTHORS, convert)

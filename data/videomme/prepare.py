@@ -19,9 +19,8 @@ from official import LETTER_LINE, LETTERS, fields, load, main, need, the_file
 ASK = ("Select the best answer to the following multiple-choice question based on the video{}. Respond with only the "
        "letter (A, B, C, or D) of the correct option.\n{{question}}\n{{options}}\n{}")
 OURS = {"prompt": ASK.format("", "The best answer is:"), "option": "{}. {}"}  # the official README's
-PRESETS = {"default": OURS, "quick": OURS, "authors": {  # lmms-eval's prompt speaks of subtitles, given or not
-    "fps": 4, "max_frames": 1024, "frame_tokens": [256, 256], "max_new": 16, "option": "{}. {}",
-    "prompt": ASK.format(" and the subtitles", LETTER_LINE)}}
+AUTHORS = {"fps": 4, "max_frames": 1024, "frame_tokens": [256, 256], "max_new": 16,
+           "prompt": ASK.format(" and the subtitles", LETTER_LINE)}  # lmms-eval's speaks of subtitles, given or not
 GROUPS = ("duration", "domain", "sub_category", "task_type")
 
 
@@ -34,12 +33,11 @@ def bare(options, where):
 
 def shown_text(made, video, subtitles):
     """The subtitles of a video at the frames that the preset samples."""
-    from iv3 import MediaError, probe, sample_times
+    from iv3 import sample_times, video_seconds
     from mcr_agent import read_subtitles
-    try:
-        times = sample_times(0, probe(video), made.preset["fps"], made.preset["max_frames"])
-    except MediaError:  # the row will count as missing
+    if not (seconds := video_seconds(video)) > 0:  # the row will count as missing
         return ""
+    times = sample_times(0, seconds, made.preset["fps"], made.preset["max_frames"])
     lines = [text for start, end, text in read_subtitles(subtitles) if any((times >= start) & (times < end))]
     return "This video's subtitles are listed below:\n" + "\n".join(lines) + "\n" if lines else ""
 
@@ -62,4 +60,4 @@ def convert(made, annotations, subtitles=None):
 
 
 if __name__ == "__main__":
-    main(__doc__, "videomme", 2700, PRESETS, convert, subtitles="folder of .srt files: ask with subtitles")
+    main(__doc__, "videomme", 2700, OURS, AUTHORS, convert, subtitles="folder of .srt files: ask with subtitles")
