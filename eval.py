@@ -1737,6 +1737,10 @@ def main():
         value = getattr(args, name)
         need(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     need(not args.json or Path(args.json).resolve().parent.is_dir(), f"--json {args.json}: there is no such directory")
+    need(not args.json or not Path(args.json).is_dir(), f"--json {args.json}: is a directory; name a file in it")
+    need(not args.out or Path(args.out).suffix == ".jsonl" or not Path(args.out).is_file(),
+         f"--out {args.out}: is a file; name a directory or an F.jsonl")
+    need(args.agent or not args.ablate, "--ablate: goes with --agent")
     need(args.data or args.jobs == 1, "--jobs shares the rows of --data; a bench runs in one process")
     if args.report:
         return print(f"{write_report(args.report)} and report.md written")

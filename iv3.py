@@ -122,6 +122,8 @@ class Config:
         values = read_json(path)
         if "text_config" in values:
             return cls.from_hf(Path(path).parent)
+        need("model_type" not in values, f"{path}: model_type {values.get('model_type')!r}: neither Qwen3-VL nor "
+             "InternVideo3")
         unknown = values.keys() - {f.name for f in fields(cls)}
         need(not unknown, f"{path}: unknown field {', '.join(map(repr, unknown))}")
         return cls(**values)
@@ -949,9 +951,10 @@ def read_weights(directory):
     path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if not path.is_file() and not index.is_file():
         path = directory / "weights.pt"
+        need(path.is_file(), f"{directory}: has no weights, neither weights.pt nor *.safetensors")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
             raise UserError(f"{path}: cannot be read ({str(e).partition('.')[0] or 'it is empty'})") from e
         yield path, state
         return
@@ -983,23 +986,25 @@ def save_hf(directory, model, tokenizer):
     write_atomic(directory / "config.json", lambda p: p.write_text(json.dumps(config, indent=1)))
 
 
-def find_model(argument=None):
-    """A stage's directory, a run (→ its last finished stage), or None (→ the newest run under runs/)."""
+def find_model(argument=None, flag="--model"):
+    """A stage's directory, a run (→ its last finished stage), or None (→ the newest run under runs/, which it says)."""
     newest_first = sorted(Path("runs").glob("*"), key=lambda path: -path.stat().st_mtime)
     for run in [Path(argument)] if argument else newest_first:
         for directory in (run, *(run / stage for stage in reversed(STAGES))):
             if (directory / "config.json").is_file():
+                if not argument and len(newest_first) > 1:
+                    print(f"model: {directory}", file=sys.stderr)
                 return directory
-    raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give --model DIR")
+    raise UserError(f"{argument or 'runs/'}: no model found; train one with `python train.py` or give {flag} DIR, of a "
+                    "run, a stage or a downloaded checkpoint")
 
 
 def estimate(name, memory, **training):
     """Yield lines: a preset or a model's directory, with GQA and with M²LA (its own, or as published: rows half as wide
     as GQA's), on `memory` GB (10⁹ bytes). To answer, in bf16: parameters, cache bytes of a token, and the tokens whose
-    cache fits beside the weights. To train: see `training_bytes`."""
-    path = Path(name) / "config.json"
-    need(name in PRESETS or path.is_file(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a model's directory")
-    cfg = Config.preset(name) if name in PRESETS else Config.load(path)
+    cache fits beside the weights; where text and vision have different ranks, the wider. To train: `training_bytes`."""
+    need(name in PRESETS or Path(name).is_dir(), f"{name}: neither a preset ({', '.join(PRESETS)}) nor a directory")
+    cfg = Config.preset(name) if name in PRESETS else Config.load(find_model(name) / "config.json")
     half = cfg.kv_heads * cfg.head_dim
     P = min(cfg.head_dim, half // 2)
     published = replace(cfg, attn="m2la", rope_width=P, ranks=((half - P,) * 2,) * cfg.layers)
@@ -1022,7 +1027,7 @@ def estimate(name, memory, **training):
     for model in models:
         weights = sum(p.nbytes for p in model.parameters())
         segments = zip(*model.new_cache(1, 0).rows)                          # each layer holds its spare row alone
-        token = max(sum(row.nbytes for row in segment) for segment in segments)
+        token = max(sum(row.nbytes for row in segment) for segment in segments)         # of the wider modality
         context = max(0, int((memory * 1e9 - weights) // token))
         yield f"{model.cfg.attn:<10}{weights // 2:>16,}{weights / 1e9:>14.2f}{token:>21,}{context:>17,}"
 
@@ -1110,6 +1115,7 @@ def main():
         training = {k: getattr(args, k) for k in ("seq", "packs", "checkpointing", "muon")} | {"freeze": freeze}
         print(*estimate(args.estimate, args.memory, **training if args.train else {}), sep="\n")
         return
+    need(args.question is None or args.question.strip(), "the question is empty")
     if args.question is None:
         parser.error("the following arguments are required: video, question")
     model, processor = open_model(find_model(args.model))

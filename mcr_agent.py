@@ -217,7 +217,7 @@ class RemoteModel:
         need(re.match("https?://[^/]", url), f"--url {url}: must begin with http:// or https://")
         self.url, self.name, self.key, self.timeout = url.rstrip("/") + "/chat/completions", name, key, timeout
         self.temperature, self.seed, self.capacity, self.messages = temperature, seed, math.inf, []
-        self.tokens = self.side = self.prefilled = 0
+        self.tokens = self.side = self.prefilled = self.answered = 0
 
     def convert(self, message):
         """→ a message of the API, its tokens. Tool text is quoted in a user turn, as Qwen's chat template does it."""
@@ -250,6 +250,7 @@ class RemoteModel:
                 return reply.read(2 ** 22)
         try:
             text = json.loads(within(deadline, read, most=self.timeout))["choices"][0]["message"]["content"] or ""
+            self.answered += 1
             return text[:16 * max_new].partition("</tool_call>")[0]      # a server may ignore max_tokens
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
             raise ModelFailed(f"{self.url}: {type(e).__name__}: {e}"[:300]) from e
@@ -812,7 +813,8 @@ class Rollout:
         text = f"{text}\n{self.question}" if text else self.question
         for role, content in ("system", system), ("user", [self.coarse, {"type": "text", "text": text}]):
             fits = self.C.append({"role": role, "content": content}, self.room())
-            need(fits, f"--tokens {self.budget.tokens} is too little for the first look (--coarse)")
+            need(fits, f"--tokens {self.budget.tokens} is too little for the first look, --coarse {self.budget.coarse} "
+                 "frames: raise it, or look at fewer (24 frames of 720p are 10,500 tokens of Qwen3-VL)")
         if known:
             times = [float(t) for t in re.findall(r"(\d+(?:\.\d+)?) seconds", self.question)]
             found = [*(e for e in known if e.level == "narrative" or any(e.start <= t < e.end for t in times)),
@@ -1127,7 +1129,7 @@ def main():
     parser.add_argument("--model", help="a stage's directory or a run; default: the newest run")
     parser.add_argument("--url", help="an OpenAI-compatible server (http://host/v1) in place of --model: frames and "
                         "questions are sent there, with the key in the variable MCR_API_KEY if it is set")
-    parser.add_argument("--api-model", metavar="NAME", default="default", help="model's name at --url")
+    parser.add_argument("--api-model", metavar="NAME", help="model's name at --url")
     parser.add_argument("--facts", metavar="DIR", help="folder of .txt documents for web_search")
     parser.add_argument("--memory", metavar="DIR", help="caption the video first, once: its memory is kept in DIR")
     parser.add_argument("--prompt", default=PROMPT, help="asked of each clip for --memory (default: %(default)s)")
@@ -1149,6 +1151,9 @@ def main():
     args = parser.parse_args()
     for path in filter(None, (args.trace, args.html)):
         need(Path(path).absolute().parent.is_dir(), f"{path}: no such folder to write it to")
+        need(not Path(path).is_dir(), f"{path}: is a folder; name a file in it")
+    need(args.api_model or not args.url, "--url: give the model's name there, --api-model NAME")
+    need(not args.options or len({*args.options}) == len(args.options) > 1, "--options: two or more, all different")
     need(args.temperature >= 0 and args.seed >= 0, "--temperature and --seed must be at least 0")
     need(args.replay or args.question is not None, 'give VIDEO and "question", or --replay TRACE')
     if args.replay:
@@ -1179,6 +1184,7 @@ def main():
                                 trace=trace).trace
     if args.html:
         Path(args.html).write_text(page(records))
+    need(args.replay or not args.url or live.answered, f"--url {args.url}: answered no request; see the steps above")
 
 
 if __name__ == "__main__":

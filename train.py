@@ -827,6 +827,7 @@ def keep_rows(trainer, data, rule):
     """Run a data filter once per stage and remember which rows it keeps (a resumed run reads the list)."""
     def filtered():
         found = rule()
+        need(found["looked_at"], f"{trainer.stage}: no readable video in its data; {next(iter(data.skipped), '')}")
         need(found["keep"], f"{trainer.stage}: the data filter kept none of {found['looked_at']} prompts; the model is "
              "too weak or too strong for this data")
         return found
@@ -989,13 +990,15 @@ def train_opd(trainer, data, teacher_dir, replay=None, teacher_device=None):
 
 # ------------------------------------------------------------------------------------------------- chain and command
 
+OVERRIDES = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new")        # flags
+
+
 def recipe_of(stage, args, parameters):
     """The stage's recipe with the command's overrides, for a model of so many parameters."""
     recipe = TINY[stage]
     changes = {**(SMALL if parameters > 1e7 else {}), **(LARGE[stage] if parameters > 1e8 else {})}
-    flags = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new")
     recipe = replace(recipe, **changes)
-    changes = {k: getattr(args, k) for k in flags if getattr(args, k) is not None}
+    changes = {k: getattr(args, k) for k in OVERRIDES if getattr(args, k) is not None}
     if args.lr:
         changes["lr_min"] = recipe.lr_min * args.lr / recipe.lr
     if args.kl:
@@ -1020,7 +1023,8 @@ def converted_as(start, args):
 def start_of(stage, args):
     """The checkpoint a stage begins with: --init, or the one that the stage before left in --out. CPT does not convert
     again what it has converted."""
-    start, record = find_model(args.init) if args.init else args.out / PREVIOUS[stage], args.out / "convert/stage.json"
+    start = find_model(args.init, "--init") if args.init else args.out / PREVIOUS[stage]
+    record = args.out / "convert/stage.json"
     need((start / "config.json").is_file(),
          f"{args.out}: has no finished '{start.name}' for '{stage}'; run it first or give --init DIR")
     if stage == "cpt" and record.is_file() and converted_as(start, args).items() <= read_json(record).items():
@@ -1137,7 +1141,7 @@ def run_stage(stage, args):
     if stage == "rl":
         train_rl(trainer, stage_data)
     elif stage == "opd":
-        teacher = find_model(args.teacher or args.out / "teacher")
+        teacher = find_model(args.teacher or args.out / "teacher", "--teacher")
         replay = recipe.replay and Data(args.data_dir, recipe.replay, processor, args.seed, "replay", 1, recipe.fps,
                                         recipe.max_frames)
         if replay:
@@ -1169,7 +1173,7 @@ def loss_on(model, processor, held):
 
 def convert_stage(model, processor, args, start, data, held, before):
     """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
-    need(held, "--data: holds one video only, none can be held out to measure the conversion; give --val")
+    need(held, "--data: has one video (or eight texts) only, none can be held out to measure by; give --val F.jsonl")
     if not args.data:
         data, skipped = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert"), data.skipped
         data.skipped = skipped
@@ -1236,6 +1240,11 @@ def finished(stage, args):
     if not (directory / "config.json").is_file():
         return False
     record, mark = read_json(directory / "stage.json"), mark_of(before)
+    kind = Config.load(directory / "config.json").attn
+    need(kind == args.attn, f"{directory}: was trained with --attn {kind}; use that or another --out")
+    for name in OVERRIDES:
+        value, was = getattr(args, name), record["recipe"].get(name)
+        need(value is None or value == was, f"{directory}: was trained with --{name} {was}; use that or another --out")
     if Path(record["inherits"]).resolve() == before.resolve() and record.get("after", mark) != mark:
         print(f"{stage}: was trained before {before.name} was trained again; once more")
         return False
@@ -1253,7 +1262,7 @@ def whole_recipe(args):
     for stage in ("cpt", "sft_short", "sft_long", "rl", "opd"):
         if not finished(stage, args):
             run_stage(stage, args)
-        if stage == "cpt":
+        if stage == "cpt" and args.attn != "gqa":
             scores["convert"] = scores_of("convert", args)
         scores[stage] = scores_of(stage, args)
     scores["teacher"] = scores_of("teacher", args)
@@ -1276,8 +1285,9 @@ def assemble(scores, gap_kinds, args):
     for stage, score in scores.items():
         results[stage] = {k: v for k, v in score.items() if k.startswith("loss")}
         results[stage] |= {length: evaluation.stage_figures(score[length]) for length in lengths if length in score}
-    record = read_json(args.out / "convert" / "stage.json")
-    results["convert"] |= {k: record[k] for k in ("cache_ratio", "inherits", "attn", "cache_share")}
+    if "convert" in results:
+        record = read_json(args.out / "convert" / "stage.json")
+        results["convert"] |= {k: record[k] for k in ("cache_ratio", "inherits", "attn", "cache_share")}
     # The share of the student-teacher gap that OPD closes: on the test items of those kinds of question in which the
     # *training* pool showed a gap (choosing them on the test would count luck as progress).
     rows = [(length, row) for length in lengths for row in load_rows(args.data_dir / f"test_{length}.jsonl")
@@ -1370,7 +1380,7 @@ def main():
         return show_samples(stage, args)
     need(not args.fsdp or stage in ("cpt", "sft_short", "sft_long"), "--fsdp: for --stage cpt or sft; rl and opd "
          "sample answers, which needs all weights at each token")
-    need(stage or not args.eval_every, "--eval-every: needs --stage")
+    need(stage or not (args.eval_every or args.init), "--eval-every and --init: need --stage")
     val_rows(args, stage, TINY.get(stage))           # a mistake in it speaks now, not after the conversion
     need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)

@@ -638,6 +638,13 @@ def test_captions_by_a_url_are_not_the_rollouts_tokens(clip, tmp_path, server, m
     assert code == 0 and spent[0][0] == spent[1][0] and spent[0][1] > spent[1][1] > 0
 
 
+def test_a_url_that_answers_nothing_is_an_error(clip, monkeypatch, capsys):
+    code, out, err = run_main(monkeypatch, capsys, clip, "What is it?", "--url", "http://127.0.0.1:9/v1", "--api-model",
+                              "big", "--coarse", 4)
+    assert code == 2 and "Connection refused" in out
+    assert err == "error: --url http://127.0.0.1:9/v1: answered no request; see the steps above\n"
+
+
 @pytest.mark.parametrize("reply, reason", [
     (500, "HTTP Error 500"), (307, "HTTP Error 307"), (b"<html>", "JSONDecodeError"), (b"[]", "TypeError"),
     (b'{"choices": []}', "IndexError"), (b'{"choices": [{"message": {"content": 5}}]}', "TypeError"),

@@ -128,7 +128,7 @@ def test_a_command_parses(file, arguments, parse):
 
 def test_flags_in_the_text_exist(parse):
     assert len(COMMANDS) > 20 and {file for file, _ in COMMANDS} == {*FILES} - {"data/toy/pretrain.py"}
-    flags = {"--nproc_per_node"}
+    flags = {"--nproc_per_node", "--index-url"}
     for file in FILES:
         arguments = {"data/toy/prepare.py": "--out x", "data/toy/pretrain.py": "--out x", "data/curate/prepare.py":
                      "x --out x"}.get(file, "--annotations x --media x --out x" if file.startswith("data/") else "")

@@ -429,7 +429,7 @@ def test_unreadable_videos_are_skipped_and_counted(tiny, tokenizer, toy, process
 
 def arguments(out, **changes):
     flags = dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0, eval_every=0, checkpointing=False,
-                 fsdp=False, teacher=None)
+                 fsdp=False, teacher=None, attn="gqa", **dict.fromkeys(train.OVERRIDES))
     return SimpleNamespace(**{**flags, **changes})
 
 
@@ -763,6 +763,9 @@ def test_a_stage_trained_again_forgets_its_scores_and_those_after_it_are_stale(t
     assert sorted(p.name for p in (tmp_path / "sft_long").iterdir()) == ["config.json", "stage.json", "vocab.json",
                                                                          "weights.pt"]
     assert train.finished("sft_long", args) and not train.finished("rl", args)
+    for change, said in ({"attn": "m2la"}, "with --attn gqa"), ({"steps": 3}, "with --steps 1"):
+        with pytest.raises(UserError, match=f"sft_long: was trained {said}; use that or another --out"):
+            train.finished("sft_long", SimpleNamespace(**vars(args) | change))
     assert "rl: was trained before sft_long was trained again; once more" in capsys.readouterr().out
 
 
