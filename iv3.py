@@ -361,7 +361,7 @@ class InternVideo3(nn.Module):
         """An empty cache for `batch` sequences of at most `capacity` tokens. An M²LA cache keeps text and vision rows
         apart; `vision_capacity`, when known, spares the room that `capacity` would reserve for each of them."""
         cfg, kind, dtype = self.cfg, self.device.type, self.language_model.norm.weight.dtype
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):        # not of "meta"
             dtype = torch.get_autocast_dtype(kind)
         like = dict(dtype=dtype, device=self.device)
         if cfg.attn == "gqa":
