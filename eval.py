@@ -396,10 +396,11 @@ def command(script, *flags):
 def join_processes(jobs, device="cpu"):
     """Join the processes that torchrun started. Without torchrun, start jobs - 1 copies of this command, one thread
     each: at the tiny size a second thread gains nothing. Each process works on its share of a batch."""
-    if "RANK" not in os.environ and jobs == 1:
+    started = "RANK" in os.environ
+    if not started and jobs == 1:
         return
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())     # or Python's own end may abort
-    if "RANK" not in os.environ:
+    if not started:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -778,8 +779,6 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
 
 TASKS = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7"}                             # figures of a stage, their titles
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
-
-
 GAINS = "what each step changes: points, against the stage before it; nats, against the base"
 
 
@@ -813,13 +812,17 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(c).ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
+def scored_stages(results):
+    """The stages with scores on the test's clips, in the recipe's order, the trivial baselines first."""
+    return [s for s in ("baselines", *iv3.STAGES) if {"short", "long"} & results.get(s, {}).keys()]
+
+
 def gains(results):
     """What each step of the recipe changes, {step: {figure: change}}: a stage against the one before it (the first
     against the strongest trivial baselines), the agent against direct answers; the loss against that of the base."""
     rows = {stage: {"nats": results[stage]["loss"] - results["base"]["loss"]}
             for stage in ("convert", "cpt") if stage in results}
-    stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in ("short", "long"))]
-    for before, stage in itertools.pairwise(stages):
+    for before, stage in itertools.pairwise(scored_stages(results)):
         blocks = [(split, results[before].get(split, {}), results[stage].get(split, {})) for split in ("short", "long")]
         rows[stage] = {f"{split[0].upper()} {name}": 100 * (new[key] - old[key]) for split, old, new in blocks
                        for key, name in TASKS.items() if key in old and key in new}
@@ -842,8 +845,8 @@ def gains_table(runs):
 def render(results):
     """The final tables of a recipe as markdown: one row per stage, the strongest trivial baselines first."""
     keys, splits = {**TASKS, "width": "width"}, ("short", "long")
-    stages = [s for s in ("baselines", *iv3.STAGES) if any(split in results.get(s, {}) for split in splits)]
-    rows = [[s, *(cell(results[s].get(split, {}), k) for split in splits for k in keys)] for s in stages]
+    rows = [[stage, *(cell(results[stage].get(split, {}), k) for split in splits for k in keys)]
+            for stage in scored_stages(results)]
     header = ["stage", *(f"{split[0].upper()} {name}" for split in splits for name in keys.values())]
     single = [("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"), ("opd", "gap_closed")]
     agent = [[group, *(cell(block, k) for k in ("direct", "agentic", "evidence_hit", "evidence_overlap")),

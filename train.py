@@ -249,8 +249,8 @@ class Data:
             videos = list(videos.values())
             order = np.random.default_rng(self.seed[0]).permutation(len(videos))
             count = min(math.ceil(share * len(videos)), len(videos) - 1)
-            out.append((sum(sum([videos[k] for k in order[:count]], []), []), root))
-            self.groups[i] = root, sum([videos[k] for k in sorted(order[count:])], [])
+            out.append(([row for k in order[:count] for rows in videos[k] for row in rows], root))
+            self.groups[i] = root, [rows for k in sorted(order[count:]) for rows in videos[k]]
         return [(rows, root) for rows, root in out if rows]
 
     def step(self, step, packs, branches):
@@ -499,7 +499,8 @@ class Trainer:
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model, self.recipe, self.stage, self.args, self.inherits = model, recipe, stage, args, inherits
         self.after = mark_of(inherits)
-        self.processor, self.tokenizer, self.val = processor, processor.tokenizer, val_rows(args, stage, recipe)
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.val = val_rows(args, stage, recipe) if args.eval_every else None
         teacher = getattr(args, "teacher", None)                                # a resumed run must have the same
         self.settings = repr((recipe, args.seed, str(inherits), args.freeze, str(teacher)))
         self.directory, self.metrics = args.out / stage, args.out / "metrics.jsonl"
@@ -698,9 +699,7 @@ def mark_of(directory):
 
 
 def val_rows(args, stage, recipe):
-    """The held-out rows of --eval-every and the folder of their media; None without it."""
-    if not args.eval_every:
-        return None
+    """The held-out rows and the folder of their media."""
     path = args.val or args.data_dir / "val.jsonl"
     rows = [row for row in framed(load_rows(path), recipe.fps, recipe.max_frames)
             if stage not in ("rl", "opd") or row["task"] in ("mcq", "grounding")]
@@ -1159,8 +1158,7 @@ def held_out(args, data, recipe):
     """[(rows, root)] that CPT does not see: of --val, of the toy's val.jsonl, or one video in twenty of --data."""
     if args.data and not args.val:
         return data.hold_out()
-    path = args.val or args.data_dir / "val.jsonl"
-    return [(framed(load_rows(path), recipe.fps, recipe.max_frames), path.parent)]
+    return [val_rows(args, "cpt", recipe)]
 
 
 def loss_on(model, processor, held):
@@ -1175,8 +1173,8 @@ def convert_stage(model, processor, args, start, data, held, before):
     """GQA → M²LA into --out/convert, with the held-out loss before and after; a broken conversion stops here."""
     need(held, "--data: has one video (or eight texts) only, none can be held out to measure by; give --val F.jsonl")
     if not args.data:
-        data, skipped = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert"), data.skipped
-        data.skipped = skipped
+        stage_data, data = data, Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert")
+        data.skipped = stage_data.skipped                    # counted together
     ratio = convert(model, data, args)
     after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
@@ -1244,7 +1242,8 @@ def finished(stage, args):
     need(kind == args.attn, f"{directory}: was trained with --attn {kind}; use that or another --out")
     for name in OVERRIDES:
         value, was = getattr(args, name), record["recipe"].get(name)
-        need(value is None or value == was, f"{directory}: was trained with --{name} {was}; use that or another --out")
+        need(value is None or value == was,
+             f"{directory}: was trained with --{name.replace('_', '-')} {was}; use that or another --out")
     if Path(record["inherits"]).resolve() == before.resolve() and record.get("after", mark) != mark:
         print(f"{stage}: was trained before {before.name} was trained again; once more")
         return False
@@ -1381,7 +1380,8 @@ def main():
     need(not args.fsdp or stage in ("cpt", "sft_short", "sft_long"), "--fsdp: for --stage cpt or sft; rl and opd "
          "sample answers, which needs all weights at each token")
     need(stage or not (args.eval_every or args.init), "--eval-every and --init: need --stage")
-    val_rows(args, stage, TINY.get(stage))           # a mistake in it speaks now, not after the conversion
+    if args.eval_every:
+        val_rows(args, stage, TINY[stage])           # a mistake in it speaks now, not after the conversion
     need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
     count, packs = int(os.environ.get("WORLD_SIZE", jobs)), args.packs or min(r.packs for r in TINY.values())
