@@ -1179,12 +1179,13 @@ def cache_ratio(spec, layers, tokens):
     return used / (sum(tokens) * sum(2 * layer.kv_heads * layer.head_dim for layer in layers))
 
 
-def divergence(model, batches):
-    """-> a function: mean KL (nats per answer token) of what the model predicts then from what it predicts now."""
-    before = [answer_logp(model, samples) for samples in batches]
+def divergence(predict, batches):
+    """predict(batch) → log-probabilities (n,V) → a function: mean KL (nats per row) of what is predicted then from what
+    is predicted now."""
+    before = [predict(batch) for batch in batches]
 
     def damage():
-        pairs = zip(before, (answer_logp(model, samples) for samples in batches))
+        pairs = zip(before, map(predict, batches))
         kl = [(old.exp() * (old - new)).sum(-1) for old, new in pairs]
         return float(torch.cat(kl).mean())
     return damage
@@ -1205,7 +1206,8 @@ class ConversionBench:
                 batch = iv3.collate(samples, 0, model.device)
                 calibration.valid = batch["valid"]
                 model(**batch)
-        self.moments, self.damage, self.batches = calibration.moments, divergence(model, batches[::10]), batches
+        self.predict = functools.partial(answer_logp, model)
+        self.moments, self.damage, self.batches = calibration.moments, divergence(self.predict, batches[::10]), batches
         self.rows = iv3.load_rows(root / "val.jsonl")
         self.clips = np.unique([clip_of(row) for row in self.rows], return_inverse=True)[1]
         self.base = held_out_loss(model, processor, self.rows, root)[1]          # (n,2) nats, tokens
@@ -1225,7 +1227,7 @@ class ConversionBench:
         gqa, start = self.gqa[0], time.perf_counter()
         spec = spec_of(choices, gqa, share)
         order = np.random.default_rng(0).permutation(len(self.batches))               # they are sorted by length
-        spec = convert_layers(self.layers, self.moments, spec, self.damage, functools.partial(answer_logp, self.model),
+        spec = convert_layers(self.layers, self.moments, spec, self.damage, self.predict,
                               itertools.cycle(self.batches[i] for i in order))
         seconds = time.perf_counter() - start
         table = held_out_loss(self.model, self.processor, self.rows, self.root)[1]

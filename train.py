@@ -96,17 +96,17 @@ class Recipe:
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
-    "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
+    "cpt": Recipe(CPT_MIX, steps=60, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "sft_plan.jsonl": 0.05,
-                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=260, lr=1e-3, lr_min=1e-4, muon=0.01,
+                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=170, lr=1e-3, lr_min=1e-4, muon=0.01,
                         warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.42, "sft_plan.jsonl": 0.05,
-                        "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01,
+                        "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=100, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=64, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.08, weight_decay=0.0,
-                 pool=4200),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=150, lr=5e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=9700,
-                  replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=48, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.08, weight_decay=0.0,
+                 pool=2400),
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=100, lr=8e-4, lr_min=3e-5, muon=0.005, weight_decay=0.0, packs=6,
+                  branches=16, pool=4000, replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
 SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameters: small has 54 tokens a second
@@ -114,7 +114,8 @@ SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameter
 LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6, max_frames=768),
          "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0, max_frames=512),
          "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0, max_frames=2048, fps=4.0),
-         "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4), max_new=256), "opd": dict(lr=1e-6, lr_min=0.0, max_new=256)}
+         "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4), max_new=256),
+         "opd": dict(lr=1e-6, lr_min=0.0, muon=0.0, max_new=256)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
 FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", heal=0)
@@ -294,10 +295,13 @@ class Data:
             shared = len(patches) // (grid[0] * grid[1])
         return make_pack(samples, shared, self.vision_ids, group)
 
-    def batches(self, step, recipe):
-        """The supervised batches of one step."""
+    def packs(self, step, recipe):
+        """The supervised packs of one step."""
         drawn = [(rows, self.encode(rows, root), root) for rows, root in self.step(step, recipe.packs, recipe.branches)]
-        packs = [self.pack(rows, samples, root) for rows, samples, root in drawn if samples]
+        return [self.pack(rows, samples, root) for rows, samples, root in drawn if samples]
+
+    def batches(self, step, recipe):
+        packs = self.packs(step, recipe)
         need(packs or world() > 1,                                    # of several processes, one may have bad luck
              f"no readable video in step {step}: {next(iter(self.skipped), '')}")
         return micro_batches(packs, recipe.tokens)
@@ -739,26 +743,30 @@ def convert(model, data, args, steps=4):
     layers, released = model.language_model.layers, args.attn == "released"
     choices = {**evaluation.DEFAULT, **(FOLDABLE if released else {})}
     spec = evaluation.spec_of(choices, layers[0].self_attn, args.cache_share)
+    recipe = replace(TINY["cpt"], packs=32)
+
+    def predict(batch):
+        return answer_logits(model, {k: v.to(args.device) for k, v in batch.items()})[0].log_softmax(-1)
     with Calibration([layer.self_attn for layer in layers], raw=released) as calibration:
         for step in tqdm(range(steps), desc="  convert"):
-            for batch in data.batches(step, replace(TINY["cpt"], packs=32)):
+            for batch in data.batches(step, recipe):
                 batch = {k: v.to(args.device) for k, v in batch.items()}
                 calibration.valid = batch["valid"]
                 model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])
     for moments in calibration.moments if world() > 1 else ():           # sums: every process saw a share of the data
         for tensor in vars(moments).values():
             dist.all_reduce(tensor)
-    samples = [samples for rows, root in data.step(steps, 32, 8) if (samples := data.encode(rows, root))]
-    sizes = np.cumsum([sum(int(s.answer.sum()) for s in some) for some in samples]) * model.cfg.vocab
-    samples = samples[:max(1, int((sizes <= 2 ** 27).sum()))]              # half a GB of log-probabilities is kept
-    own_damage = evaluation.divergence(model, samples)
+    judges = [collate_packs([pack]) for pack in data.packs(steps, recipe)]
+    sizes = np.cumsum([int(batch["answer"].sum()) for batch in judges]) * model.cfg.vocab
+    judges = judges[:max(1, int((sizes <= 2 ** 27).sum()))]                # half a GB of log-probabilities is kept
+    own_damage = evaluation.divergence(predict, judges)
 
     def batches():                                                       # drawn only if they are needed
         for step in itertools.count(steps + 1):
-            if batch := sum((data.encode(*drawn) or [] for drawn in data.step(step, 2 * world(), 8)), []):
-                yield batch
-    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))),
-                          lambda batch: evaluation.answer_logp(model, batch), batches())
+            if packs := data.packs(step, replace(recipe, packs=2 * world())):
+                yield collate_packs(packs)
+    spec = convert_layers(layers, calibration.moments, spec, lambda: float(np.mean(gather(own_damage()))), predict,
+                          batches())
     ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
     model.cfg = replace(model.cfg, attn=args.attn, rope_width=spec.rope_width, ranks=ranks)
     for layer in layers if released else ():
@@ -1194,7 +1202,7 @@ def curate(start, args):
     """The long-video data of §4.2.1: questions about some long toy videos, from captions by the model that starts."""
     if not (args.data_dir / CURATED).is_file():
         command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", (args.data_dir / CURATED).parent,
-                "--model", start, "--seed", args.seed, "--limit", 12)
+                "--model", start, "--seed", args.seed, "--limit", 6)
 
 
 def bench_decode(args):
@@ -1226,8 +1234,9 @@ def scores_of(stage, args):
         if stage not in ("base", "convert", "cpt"):
             for length in ("short", "long"):
                 test, train = (args.data_dir / f"{name}_{length}.jsonl" for name in ("test", "sft"))
-                scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed,
-                                                     blind=stage == "sft_short", model_dir=args.out / stage)
+                first = stage == "sft_short"                                 # the baselines are of the test alone
+                scores[length] = evaluation.evaluate(model, processor, test, train if first else None, seed=args.seed,
+                                                     blind=first, model_dir=args.out / stage)
         return scores
     return stored(args.out / stage / "scores.json", measure)
 
@@ -1384,7 +1393,8 @@ def main():
         val_rows(args, stage, TINY[stage])           # a mistake in it speaks now, not after the conversion
     need(not (args.fsdp and args.eval_every), "--fsdp: without --eval-every; score the finished stage with eval.py")
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
-    count, packs = int(os.environ.get("WORLD_SIZE", jobs)), args.packs or min(r.packs for r in TINY.values())
+    packs = args.packs or min(TINY[name].packs for name in ([stage] if stage else TINY))
+    count = int(os.environ.get("WORLD_SIZE", jobs))
     need(packs >= count, f"--packs {packs}: fewer videos a step than the {count} processes; lower --jobs")
     args.out.mkdir(parents=True, exist_ok=True)
     evaluation.join_processes(jobs, args.device)
