@@ -12,6 +12,7 @@ IoU for grounding, correctness for multiple choice). Three habits make a number 
     python eval.py --data MCR.jsonl --agent [--ablate] [--jobs 2]                     # agent against a direct answer
     python eval.py --data F.jsonl --out DIR [--resume]                                # and a record of every sample
     python eval.py --compare A B                        # those of two runs, paired: two DIRs, or two stages of a recipe
+    python eval.py --gains runs/seed0 runs/seed1        # what each step of a recipe changes, mean of its runs
     python eval.py --report runs/tiny                   # one page about a recipe: curves, tables, five answers
     python eval.py --bench decode --preset tiny --contexts 1024,4096 --json F.json    # time of a new token
     python eval.py --bench agent-cache --first 1024 --new 256 --steps 16              # a rollout's live cache
@@ -779,6 +780,7 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
 
 TASKS = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7"}                             # figures of a stage, their titles
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
+MEANS = "± 95 %, {} seeds, Student's t; "
 GAINS = "what each step changes: points, against the stage before it; nats, against the base"
 
 
@@ -840,6 +842,18 @@ def gains_table(runs):
         return with_half(*mean_half([run[name][key] for run in runs]), "+.3f" if key == "nats" else "+.1f")
     return ["step", *columns], [[name, *(shown(name, key) if key in row else "" for key in columns)]
                                 for name, row in runs[0].items()]
+
+
+def gains_of(runs):
+    """gains() of finished runs, and their mean printed."""
+    files = [Path(run) / "results.json" for run in runs]
+    for file in files:
+        need(file.is_file(), f"--gains: {file} is not there; `python train.py --out {file.parent}` makes it")
+    steps = [gains(iv3.read_json(file)) for file in files]
+    for file, step in zip(files, steps):
+        need(step.keys() == steps[0].keys(), f"--gains: {file} has other steps than {files[0]}")
+    print(f"{MEANS.format(len(runs)) if len(runs) > 1 else ''}{GAINS}\n\n{table(*gains_table(steps))}")
+    return steps
 
 
 def render(results):
@@ -1375,7 +1389,7 @@ def bench_ablation(args):
             line.append(with_half(mean, half, ".1f" if name.startswith("full") else "+.1f"))
         rows.append(row)
         lines.append([*line, f"{PAPER[name]:+.1f}" if name in PAPER else ""])
-    print(f"± 95 %, {len(runs)} seeds, Student's t; {GAINS}\n\n{table(*gains_table(steps))}\n\n"
+    print(f"{MEANS.format(len(runs))}{GAINS}\n\n{table(*gains_table(steps))}\n\n"
           "points; what is left out: the difference to the full recipe\n\n"
           + table(["", *FIGURES, "the paper, long"], lines))
     env = {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}
@@ -1710,6 +1724,7 @@ def main():
     add = parser.add_argument_group("what was measured before").add_argument
     add("--compare", nargs=2, metavar=("A", "B"), help="two --out of the same data, or two stages of a recipe: their "
         "paired difference; FILE:direct is an agent run's direct answers, FILE:'agent no memory' a part of --ablate")
+    add("--gains", nargs="+", metavar="RUN", help="what each step of a recipe changes, as mean of its runs ± 95 %%")
     add("--report", metavar="RUN", help="write RUN/report.md and report.html about a recipe; needs no model")
     add = parser.add_argument_group("bench").add_argument
     add("--bench", choices=list(BENCHES), help="decode: time per new token of M2LA, a good GQA and the paper's eager "
@@ -1732,9 +1747,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
-    given = [name for name in ("data", "bench", "compare", "report") if getattr(args, name)]
+    given = [name for name in ("data", "bench", "compare", "gains", "report") if getattr(args, name)]
     need(len(given) == 1,
-         f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --report RUN")
+         f"give either --data F.jsonl or --bench {'|'.join(BENCHES)} or --compare A B or --gains RUN or "
+         "--report RUN")
     need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
     need(not args.out or args.data or args.bench == "ablation",
          "--out: goes with --data or --bench ablation; other benches write --json F")
@@ -1752,6 +1768,8 @@ def main():
     if args.compare:
         result = compare(*args.compare, args.seed)
         print(render_compare(result))
+    elif args.gains:
+        result = gains_of(args.gains)
     else:
         join_processes(args.jobs, "cuda" if torch.cuda.is_available() else "cpu")
         result = BENCHES.get(args.bench, run_data)(args)

@@ -498,6 +498,22 @@ def test_what_each_step_changes_is_told_in_points_and_over_seeds():
     assert evaluation.gains_table([one])[1][0][:2] == ["convert", "+0.250"]
 
 
+def test_gains_of_runs_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """Two runs give a mean; a run that is not there, or has other steps, is named."""
+    for name, change in (("a", {}), ("b", {}), ("c", {"agent": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**fake_results(), **change}))
+    a, b, c, none = (tmp_path / name for name in "abcd")
+    command(monkeypatch, ["--gains", a, b, "--json", tmp_path / "g.json"])
+    out = capsys.readouterr().out
+    assert out.startswith("± 95 %, 2 seeds") and "| +32.0 ± 0.0" in out
+    assert json.loads((tmp_path / "g.json").read_text()) == [evaluation.gains(fake_results())] * 2
+    for runs, problem in (([a, none], "d/results.json is not there"), ([a, c], "c/results.json has other steps")):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, ["--gains", *runs])
+        assert problem in capsys.readouterr().err
+
+
 def test_results_are_written_as_json_and_markdown(tmp_path):
     results = fake_results()
     evaluation.write_results(results, tmp_path / "run")
