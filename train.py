@@ -96,17 +96,17 @@ class Recipe:
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 CALIBRATION_MIX = {"cpt_text.jsonl": 0.1, "cpt_image.jsonl": 0.1, "cpt_video.jsonl": 0.8}     # distances matter
 TINY = {
-    "cpt": Recipe(CPT_MIX, steps=60, lr=3e-4, lr_min=1e-5, packs=48),
+    "cpt": Recipe(CPT_MIX, steps=90, lr=3e-4, lr_min=1e-5, packs=48),
     "sft_short": Recipe({"sft_short.jsonl": 0.7, "sft_agent.jsonl": 0.15, "sft_plan.jsonl": 0.05,
-                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=170, lr=1e-3, lr_min=1e-4, muon=0.01,
+                         "cpt_text.jsonl": 0.05, "cpt_image.jsonl": 0.05}, steps=260, lr=1e-3, lr_min=1e-4, muon=0.01,
                         warmup=0.1, branches=12, reduction="square"),
     "sft_long": Recipe({"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.42, "sft_plan.jsonl": 0.05,
-                        "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=100, lr=1e-3, lr_min=5e-5, muon=0.01,
+                        "sft_short.jsonl": 0.2, "cpt_text.jsonl": 0.04}, steps=180, lr=1e-3, lr_min=5e-5, muon=0.01,
                        warmup=0.05, branches=20, reduction="square"),
-    "rl": Recipe({"rl.jsonl": 1.0}, steps=48, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.08, weight_decay=0.0,
-                 pool=2400),
-    "opd": Recipe({"opd.jsonl": 1.0}, steps=100, lr=8e-4, lr_min=3e-5, muon=0.005, weight_decay=0.0, packs=6,
-                  branches=16, pool=4000, replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
+    "rl": Recipe({"rl.jsonl": 1.0}, steps=64, lr=1e-4, lr_min=2e-5, clip=(3e-3, 4e-3), kl=0.08, weight_decay=0.0,
+                 pool=4200),
+    "opd": Recipe({"opd.jsonl": 1.0}, steps=150, lr=5e-4, lr_min=2e-5, weight_decay=0.0, branches=16, pool=9700,
+                  replay={"sft_agent.jsonl": 1, "sft_short.jsonl": 1}),
 }
 SIDES = {"tiny": 32, "small": 224}           # presets of the whole recipe: sides of their frames, pixels
 SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameters: small has 54 tokens a second
@@ -114,8 +114,7 @@ SMALL = dict(tokens=16_384)                  # changes for 10 to 100 M parameter
 LARGE = {"cpt": dict(lr=2e-5, lr_min=1e-6, max_frames=768),
          "sft_short": dict(lr=3e-5, lr_min=0.0, muon=0.0, max_frames=512),
          "sft_long": dict(lr=1e-5, lr_min=0.0, muon=0.0, max_frames=2048, fps=4.0),
-         "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4), max_new=256),
-         "opd": dict(lr=1e-6, lr_min=0.0, muon=0.0, max_new=256)}
+         "rl": dict(lr=1e-6, lr_min=0.0, clip=(3e-4, 4e-4), max_new=256), "opd": dict(lr=1e-6, lr_min=0.0, max_new=256)}
 PREVIOUS = {"cpt": "base", "sft_short": "cpt", "sft_long": "sft_short", "rl": "sft_long", "opd": "rl"}
 # --attn released: choices of §3.2 that `M2LA.fold` multiplies out to the authors' layer, with one rank for all.
 FOLDABLE = dict(qk_norm="affine", slots="uniform", modality="shared", budget="uniform", heal=0)
@@ -1202,7 +1201,7 @@ def curate(start, args):
     """The long-video data of §4.2.1: questions about some long toy videos, from captions by the model that starts."""
     if not (args.data_dir / CURATED).is_file():
         command("data/curate/prepare.py", args.data_dir / "clips" / "long", "--out", (args.data_dir / CURATED).parent,
-                "--model", start, "--seed", args.seed, "--limit", 6)
+                "--model", start, "--seed", args.seed, "--limit", 12)
 
 
 def bench_decode(args):

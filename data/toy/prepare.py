@@ -522,8 +522,8 @@ def pieces():
 SPLITS = {  # name: folder of the clips, length, clips at --scale 1, files of the rows
     "pretrain": ("pretrain", "pretrain", 0, ["pretrain", "glimpses", "near"]), "wide": ("wide", "wide", 0, ["wide"]),
     "cpt": ("cpt", "short", 200, ["cpt_video"]), "sft": ("sft", "short", 600, ["sft_short"]),
-    "long": ("long", "long", 280, ["sft_long", "sft_agent"]), "rl": ("rl", "short", 60, ["rl", "opd"]),
-    "rl_long": ("rl", "long", 200, ["rl", "opd"]), "val": ("val", "short", 40, ["val"]),
+    "long": ("long", "long", 280, ["sft_long", "sft_agent"]), "rl": ("rl", "short", 100, ["rl", "opd"]),
+    "rl_long": ("rl", "long", 360, ["rl", "opd"]), "val": ("val", "short", 40, ["val"]),
     "test": ("test", "short", 100, ["test_short"]), "test_long": ("test", "long", 60, ["test_long", "test_agent"])}
 TEXTS, IMAGES, PLANS = 600, 1100, 1600  # rows of cpt_text, cpt_image and sft_plan
 
