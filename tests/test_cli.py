@@ -268,8 +268,8 @@ def test_two_processes_do_what_one_does(command, world):
         assert code == 0, err
         losses[jobs] = losses_of(f"by{jobs}")
         scores[jobs] = []
-        for file, *flags in (("test_short", "--batch", 4), ("test_agent", "--agent")):
-            code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 6, "--max-new", 4,
+        for file, *flags in (("test_short", "--batch", 2), ("test_agent", "--agent")):
+            code, _, err = command(world, "eval.py", "--data", f"data/{file}.jsonl", "--limit", 4, "--max-new", 4,
                                    *flags, "--model", "runs/tiny/base", "--jobs", jobs, "--json", "by.json", "--out",
                                    f"{file}{jobs}.jsonl")
             assert code == 0, err
