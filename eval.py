@@ -780,7 +780,6 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
 
 TASKS = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7"}                             # figures of a stage, their titles
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]                              # Student's t of 2, 3, … seeds
-MEANS = "± 95 %, {} seeds, Student's t; "
 GAINS = "what each step changes: points, against the stage before it; nats, against the base"
 
 
@@ -844,6 +843,11 @@ def gains_table(runs):
                                 for name, row in runs[0].items()]
 
 
+def gains_text(runs):
+    seeds = f"± 95 %, {len(runs)} seeds, Student's t; " if len(runs) > 1 else ""
+    return f"{seeds}{GAINS}\n\n{table(*gains_table(runs))}"
+
+
 def gains_of(runs):
     """gains() of finished runs, and their mean printed."""
     files = [Path(run) / "results.json" for run in runs]
@@ -852,7 +856,7 @@ def gains_of(runs):
     steps = [gains(iv3.read_json(file)) for file in files]
     for file, step in zip(files, steps):
         need(step.keys() == steps[0].keys(), f"--gains: {file} has other steps than {files[0]}")
-    print(f"{MEANS.format(len(runs)) if len(runs) > 1 else ''}{GAINS}\n\n{table(*gains_table(steps))}")
+    print(gains_text(steps))
     return steps
 
 
@@ -1389,8 +1393,7 @@ def bench_ablation(args):
             line.append(with_half(mean, half, ".1f" if name.startswith("full") else "+.1f"))
         rows.append(row)
         lines.append([*line, f"{PAPER[name]:+.1f}" if name in PAPER else ""])
-    print(f"{MEANS.format(len(runs))}{GAINS}\n\n{table(*gains_table(steps))}\n\n"
-          "points; what is left out: the difference to the full recipe\n\n"
+    print(f"{gains_text(steps)}\n\npoints; what is left out: the difference to the full recipe\n\n"
           + table(["", *FIGURES, "the paper, long"], lines))
     env = {"torch": torch.__version__, "seeds": args.seeds, "recipe": args.recipe}
     return {"env": env, "rows": rows, "steps": steps}
