@@ -1208,6 +1208,7 @@ def bench_decode(args):
     """Decode times for the report, once; a run that cannot measure them is complete without."""
     file = args.out / "decode.json"
     if not file.is_file():
+        os.environ.setdefault("OMP_NUM_THREADS", "1")        # a token of a tiny model waits longer for a second thread
         try:
             command("eval.py", "--bench", "decode", "--contexts", "1024,4096,16384", "--json", file)
         except SystemExit:
