@@ -1,4 +1,4 @@
-"""What the prepare.py of the five official benchmarks share: annotations in, rows of the one schema (iv3.py) out.
+"""What official benchmarks do: annotations in, rows of the one schema (iv3.py) out; how their scripts read an answer.
 
     python data/NAME/prepare.py --annotations FILE_OR_DIR --media DIR --out DIR [--preset default|quick|authors]
 
@@ -6,16 +6,23 @@ NAME: videomme, mlvu, egoschema, lvbench or charades_sta. DIR gets NAME.jsonl; m
 there; and flawed.txt, the rows whose annotation is wrong. Both kinds of rows are kept, so that the denominator is the
 benchmark's: `eval.py` counts the first as `missing`, a row with no right option as wrong. A preset is all that a score
 depends on besides the model: written into each row, copied by `eval.py` into its results.
+
+A prepare.py imports this file as `official`; eval.py loads it when its rows name a benchmark, for SCRIPTS alone.
 """
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = str(Path(__file__).parents[1])
+if ROOT not in sys.path:                             # eval.py loads this file too, and then it is there
+    sys.path.insert(0, ROOT)
 
 from iv3 import SETTINGS, UserError, need, row_rules, run_cli, write_atomic
 
@@ -25,6 +32,50 @@ PRESETS = {  # frame_tokens: [least, most] of two frames. Without it the checkpo
     "quick": {"fps": 1, "max_frames": 64, "frame_tokens": [16, 64], "max_new": 64}}  # 2K tokens a video
 LETTER_LINE = "\nAnswer with the option's letter from the given choices directly."
 
+
+# ---- how the official scripts read an answer ------------------------------------------------------------------------
+
+def first_capital(text):
+    """Video-MME: the first capital A-D anywhere. In the script's list of phrases to delete two commas are missing, so
+    "Best answer: C" is a B there, and here."""
+    for phrase in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+        text = text.replace(phrase, "")
+    capital = re.search("[ABCD]", text)
+    if capital is None:
+        return ""
+    return capital[0]
+
+
+def before_bracket(text):
+    """MLVU: the character before the first ")", or all of the text, is exactly the letter."""
+    before, bracket, _ = text.partition(")")
+    if not bracket:
+        return text
+    return before[-1:]
+
+
+def polished(text):
+    """LVBench: what is before the first ")", then after "(", then its first character."""
+    text = text.strip().split(")")[0].strip()
+    parts = text.split("(")
+    if len(parts) > 1:
+        text = parts[1]
+    return text.strip()[:1]
+
+
+class Script(NamedTuple):
+    letter: Callable                                 # text → the letter it chooses
+    counts: Callable                                 # (text or None, that letter) → whether the answer counts at all
+
+
+# EgoSchema's server takes letters, no texts. Charades-STA's rule is about spans: eval.py has it
+SCRIPTS = {
+    "videomme": Script(first_capital, lambda text, letter: letter != ""),
+    "mlvu": Script(before_bracket, lambda text, letter: True),
+    "lvbench": Script(polished, lambda text, letter: text is not None)}
+
+
+# ---- annotations in, rows out ---------------------------------------------------------------------------------------
 
 def unique(pairs):
     """A JSON object without the trap that the last of two equal keys wins."""

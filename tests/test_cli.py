@@ -20,7 +20,9 @@ import iv3
 ROOT = Path(__file__).parents[1]
 FILES = ["iv3.py", "mcr_agent.py", "eval.py", "train.py", "data/toy/prepare.py", "data/toy/pretrain.py",
          "data/curate/prepare.py", *(f"data/{name}/prepare.py" for name in (
-             "videomme", "mlvu", "egoschema", "lvbench", "charades_sta"))]
+             "videomme", "mlvu", "egoschema", "lvbench", "charades_sta")), *(f"extras/{name}.py" for name in (
+             "report", "memory", "show_samples", "remote_agent", "bench_decode", "bench_live_cache",
+             "bench_conversion", "ablation"))]
 TRAIN = ["--data-dir", "data", "--packs", "2", "--branches", "2", "--jobs", "1"]
 PRETRAINED = ("vision", "near", "base", "teacher")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -38,6 +40,7 @@ for line in sys.stdin:
         for fd, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(job[name], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
         sys.argv, code = job["argv"], 0
+        sys.path.insert(0, os.path.dirname(sys.argv[0]))         # as Python itself does with a script
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as e:
@@ -115,22 +118,22 @@ MISTAKES = [
     (["iv3.py", VIDEO, "What is <|video_pad|>?"], "<|video_pad|>"),
     (["iv3.py", VIDEO, " "], "the question is empty"),
     (["iv3.py", VIDEO, "What?", "--model", "wide"], "wide/weights.pt: tensor language_model.layers.0.mlp"),
-    (["iv3.py", "--estimate", "huge"], "huge: neither a preset (tiny, "),
-    (["iv3.py", "--estimate", "tiny", "--memory", "0"], "--memory"),
+    (["extras/memory.py", "huge"], "huge: neither a preset (tiny, "),
+    (["extras/memory.py", "tiny", "--memory", "0"], "--memory"),
     (["data/mlvu/prepare.py", "--annotations", "no", "--media", ".", "--out", "o"], "--annotations no: no such file"),
     (["mcr_agent.py"], "give VIDEO"),
     (["mcr_agent.py", "nowhere.mp4", "What?"], "nowhere.mp4"),
     (["mcr_agent.py", VIDEO, "What?", "--calls", "-1"], "--calls -1"),
     (["mcr_agent.py", VIDEO, "What?", "--trace", "absent/t.jsonl"], "absent/t.jsonl: no such folder"),
-    (["mcr_agent.py", VIDEO, "What?", "--html", "data"], "data: is a folder"),
+    (["mcr_agent.py", VIDEO, "What?", "--trace", "data"], "data: is a folder"),
     (["mcr_agent.py", VIDEO, "What?", "--options", "a", "a"], "--options: two or more"),
-    (["mcr_agent.py", VIDEO, "What?", "--url", "http://127.0.0.1:9/v1"], "--api-model NAME"),
+    (["extras/remote_agent.py", VIDEO, "What?", "--url", "ftp://x", "--api-model", "x"], "--url ftp://x"),
     (["mcr_agent.py", "--replay", "bad.mp4"], "bad.mp4: not a trace"),
     (["eval.py"], "--data F.jsonl"),
     (["eval.py", "--data", "absent.jsonl"], "absent.jsonl: no such data file"),
     (["eval.py", "--data", "bad.jsonl"], "bad.jsonl:2: field 'task' is 'quiz'"),
     (["eval.py", "--data", "data/test_short.jsonl", "--limit", "0"], "--limit 0"),
-    (["eval.py", "--bench", "decode", "--jobs", "2"], "--jobs"),
+    (["eval.py", "--compare", "a", "b", "--jobs", "2"], "--jobs"),
     (["train.py", "--stage", "cpt", *TRAIN, "--jobs", "3"], "--packs 2"),
     (["eval.py", "--data", "data/test_short.jsonl", "--json", "absent/r.json"], "--json absent/r.json"),
     (["eval.py", "--data", "data/test_short.jsonl", "--json", "data"], "--json data: is a directory"),
@@ -145,7 +148,7 @@ MISTAKES = [
     (["train.py", "--stage", "cpt", "--init", "absent", *TRAIN], "absent: no model found"),
     (["train.py", "--stage", "cpt", "--attn", "gqa", "--data", "bad.jsonl", *TRAIN], "bad.jsonl:2: field 'task'"),
     (["train.py", "--steps", "0"], "--steps 0"), (["train.py", "--lr", "5"], "--lr 5"),
-    (["train.py", "--show-sample", "2"], "--show-sample: needs --stage"),
+    (["extras/show_samples.py", "2"], "give --stage"),
     (["train.py", "--freeze", "all"], "--freeze all"),
     (["train.py", "--teacher-device", "cuda:99"], "--teacher-device cuda:99"),
     (["train.py", "--val", "bad.jsonl"], "--val: is for --stage cpt and for --eval-every"),
@@ -199,18 +202,20 @@ def test_asking_about_a_video(command, world):
 
 
 def test_estimating_a_model(command, world):
-    code, out, err = command(world, "iv3.py", "--estimate", "runs/tiny/base", "--memory", 1)
+    code, out, err = command(world, "extras/memory.py", "runs/tiny/base", "--memory", 1)
     assert code == 0 and err == "" and [line.split()[0] for line in out.splitlines()[2:]] == ["gqa", "m2la"]
 
 
 def test_the_agent_writes_a_trace_that_can_be_replayed(command, world):
     code, out, err = command(world, "mcr_agent.py", VIDEO, "What is shown at 3 seconds?", "--calls", 2, "--turn", 12,
-                             "--options", "red circle", "blue star", "--trace", "t.jsonl", "--html", "t.html")
+                             "--options", "red circle", "blue star", "--trace", "t.jsonl")
     assert code == 0 and err == "", err
     records = [json.loads(line) for line in (world / "t.jsonl").open()]
-    assert len(records) > 1 and (world / "t.html").read_text().lstrip().lower().startswith("<!doctype html")
+    assert len(records) > 1
     again = command(world, "mcr_agent.py", "--replay", "t.jsonl")
     assert again == (0, out, "")
+    assert command(world, "extras/report.py", "t.jsonl") == (0, "t.html written\n", "")
+    assert (world / "t.html").read_text().lstrip().lower().startswith("<!doctype html")
 
 
 def test_scoring_a_file(command, world):
@@ -222,8 +227,8 @@ def test_scoring_a_file(command, world):
 
 def show_sample(command, world, *flags):
     before = files(world)
-    code, out, err = command(world, "train.py", "--attn", "gqa", "--init", "runs/tiny/base", "--data-dir", "data",
-                             *flags)
+    code, out, err = command(world, "extras/show_samples.py", *flags, "--attn", "gqa", "--init", "runs/tiny/base",
+                             "--data-dir", "data")
     assert code == 0 and err == "" and files(world) == before, err
     return out
 
@@ -235,7 +240,7 @@ def test_the_loss_mask_of_own_rows_can_be_seen(command, world):
              ("tool", "square"), ("assistant", "a square\x1b[31m")]
     row = {"id": "mine", "task": "mcr", "messages": [{"role": role, "content": content} for role, content in turns]}
     (world / "mine.jsonl").write_text(json.dumps(row) + "\n")
-    out = show_sample(command, world, "--stage", "sft", "--data", "mine.jsonl", "--show-sample", 1)
+    out = show_sample(command, world, 1, "--stage", "sft", "--data", "mine.jsonl")
     (world / "mine.jsonl").unlink()
     body = re.sub("^│  ", "", out.partition("in the loss\n")[2], flags=re.M)
     marked = re.findall(r"\[\[(.*)\]\]$", body, flags=re.M)
@@ -247,7 +252,7 @@ def test_the_loss_mask_of_own_rows_can_be_seen(command, world):
 
 
 def test_the_samples_of_rl_are_a_tree_with_rewards(command, world):
-    out = show_sample(command, world, "--stage", "rl", "--branches", 2, "--show-sample", 2)
+    out = show_sample(command, world, 2, "--stage", "rl", "--branches", 2)
     assert out.count("\n===") == 2 and out.count("\n├─ shared") >= 3
     assert len(re.findall(r"\n│  ├─ \d+\. rl-.*, reward \d.\d\d, advantage [+-]", out)) == 8 * out.count("\n├─ shared")
 
@@ -306,7 +311,7 @@ def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
     shipped = ROOT / "data" / "toy" / "weights"
     arguments = ["train.py", "--stage", stage, "--data-dir", world / "data", "--steps", 3, "--packs", 2, "--jobs", 1,
                  "--branches", 2, "--save-every", 0, "--attn", "gqa", "--teacher", shipped / "teacher", "--init",
-                 shipped / ("teacher" if stage == "rl" else "base"), "--kl", "sampled", "--teacher-device",
+                 shipped / ("teacher" if stage == "rl" else "base"), "--kl-form", "sampled", "--teacher-device",
                  "cpu", "--out"]
 
     def weights_and_metrics(out):
@@ -339,7 +344,7 @@ def test_the_whole_recipe_from_one_command(command, world):
     assert 0.45 < results["convert"]["cache_ratio"] <= 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
     for evidence in ("unseen", "seen"):
         assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
-    assert out.endswith("whole/report.html and report.md written\n")
+    assert "whole/report.html and report.md written\n" in out and "minutes in this run" in out.splitlines()[-1]
     assert len(json.loads((world / "whole" / "decode.json").read_text())["rows"]) == 3
     asked = {json.loads(line)["clip"] for line in (world / "whole" / "data" / "curated" / "curated.jsonl").open()}
     assert asked and all(re.fullmatch(r"\.\./clips/long/long_\d+\.mp4", clip) for clip in asked)

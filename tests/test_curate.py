@@ -211,7 +211,7 @@ def test_any_wording_and_repeated_or_missing_captions():
 
 
 def test_the_shipped_model_captions(world):
-    caption = curate.model_captioner(ROOT / "data" / "toy" / "weights" / "base", curate.PROMPT)
+    caption = curate.model_captioner(ROOT / "data" / "toy" / "weights" / "base", curate.caption_prompt("toy"))
     clip = world[1]["a.mp4"]
     told = [(caption(world[0] / "a.mp4", s.start, s.end), toy.tell("scene", **asdict(s))) for s in clip.scenes[:5]]
     assert np.mean([said.startswith(true) for said, true in told]) > 0.7, told

@@ -352,7 +352,18 @@ def test_charades_scores_by_hand(tmp_path):
     ("lvbench", "The answer is (C) 3", "C"), ("lvbench", "The answer is D", "T"), ("lvbench", "x ( B y) z", "B"),
     ("lvbench", "", "")])
 def test_official_extraction(rule, text, letter):
-    assert evaluation.OFFICIAL[rule][0](text) == letter
+    assert official.SCRIPTS[rule].letter(text) == letter
+
+
+def test_official_rules_are_read_apart_from_the_prepare_scripts(monkeypatch):
+    """eval.py loads the file under a name of its own, once, and only for rows of a benchmark."""
+    row = {"id": "1", "task": "mcq", "options": ["a", "b"], "answer": "A", "messages": []}
+    monkeypatch.delitem(sys.modules, "data_official", raising=False)
+    before = list(sys.path)
+    assert "official" not in evaluation.score_mcq(["A"], [row]) and "data_official" not in sys.modules
+    for _ in range(2):
+        assert evaluation.score_mcq(["A"], [{**row, "official": "mlvu"}])["official"]["acc"] == 1
+    assert sys.modules["data_official"] is not official and sys.path == before
 
 
 def test_videomme_scores_by_hand(tmp_path):
@@ -417,7 +428,7 @@ def test_a_result_says_what_it_was_made_with(tmp_path, model, monkeypatch, capsy
     (tmp_path / "media").rename(moved / "media" / "deep")
     prepared("videomme", tmp_path / "m.json", moved, "quick")
     rows = iv3.load_rows(moved / "out" / "videomme.jsonl")
-    assert evaluation.describe(model[0], rows, {}, 0)["prompt_hash"] == quick["prompt_hash"]  # wherever files lie
+    assert evaluation.made_with(model[0], rows, {}, 0)["prompt_hash"] == quick["prompt_hash"]  # wherever files lie
     scores = {"mcq": evaluation.score_mcq(["C", "I say A", "", None], rows * 2)}
     text = evaluation.render_scores({**scores, "baselines": evaluation.baselines(rows * 2, [])})
     lines = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")]

@@ -1,7 +1,6 @@
 """Scores, intervals, baselines, missing videos, tables and the command of eval.py."""
 import copy
 import json
-import shutil
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import torch
 import eval as evaluation
 import iv3
 import mcr_agent
-import train
 from m2la import UserError
 
 QUESTION = "What colour is the shape at 1 seconds?"
@@ -90,21 +88,31 @@ def test_iou_by_hand(a, b, value):
 
 def test_grounding_reward_cuts_both_spans_to_the_video():
     row = grounding(15.0, 25.0, duration=20.0)                # annotated past the end
-    assert evaluation.grounding_reward("From 15.0 to 40.0 seconds.", row) == pytest.approx(1)
+    assert evaluation.grounding_iou("From 15.0 to 40.0 seconds.", row) == pytest.approx(1)
     longer = grounding(15.0, 25.0, duration=60.0)
-    assert evaluation.grounding_reward("From 15.0 to 40.0 seconds.", longer) == pytest.approx(0.4)
-    assert evaluation.grounding_reward("From 30.0 to 40.0 seconds.", row) == 0
-    assert evaluation.grounding_reward("no idea", row) == 0
+    assert evaluation.grounding_iou("From 15.0 to 40.0 seconds.", longer) == pytest.approx(0.4)
+    assert evaluation.grounding_iou("From 30.0 to 40.0 seconds.", row) == 0
+    assert evaluation.grounding_iou("no idea", row) == 0
 
 
 def test_rewards_follow_the_task():
     assert evaluation.reward("blue (B)", mcq("B")) == 1 and evaluation.reward("blue (B)", mcq("A")) == 0
     assert evaluation.reward("From 0.0 to 5.0 seconds.", grounding(0.0, 10.0)) == pytest.approx(0.5)
     reversed_span = "From 9.0 to 4.0 seconds."
-    assert evaluation.grounding_reward(reversed_span, grounding(4.0, 9.0)) == 1               # the score turns it
+    assert evaluation.grounding_iou(reversed_span, grounding(4.0, 9.0)) == 1                  # the score turns it
     assert evaluation.reward(reversed_span, grounding(4.0, 9.0)) == 0                         # RL must not teach it
     wrong, off, turned = ("red (A)", mcq("B")), ("purple", mcq("B")), (reversed_span, grounding(4.0, 9.0))
     assert [evaluation.well_formed(*x) for x in (wrong, off, turned)] == [1, 0, 0]
+    assert evaluation.reward("blue (B)", {**mcq("B"), "task": "mcr"}) == 1                    # an agent's question
+
+
+def test_a_changed_reward_leaves_what_filters_look_at(monkeypatch):
+    """A reward put in place of the rule is what samples are worth; whether they are right stays as it was."""
+    monkeypatch.setattr(evaluation, "reward", lambda text, row: -len(text))
+    assert evaluation.reward("blue (B)", mcq("B")) == -8
+    assert [evaluation.correct(text, mcq("B")) for text in ("blue (B)", "red (A)", None)] == [1, 0, 0]
+    assert evaluation.correct("From 0.0 to 5.0 seconds.", grounding(0.0, 10.0)) == pytest.approx(0.5)
+    assert evaluation.correct("From 9.0 to 4.0 seconds.", grounding(4.0, 9.0)) == 0
 
 
 def test_width_is_of_forward_spans_inside_the_video():
@@ -228,7 +236,7 @@ def world(tmp_path_factory):
 
 def agent_test(clip, kind, **more):
     row = mcq("B", kind=kind, clip=clip, frames=8, evidence=[[1, 2]], **more)
-    return {**row, "task": "mcr", "id": f"{clip}-{kind}"}
+    return {**row, "task": "mcr", "id": f"{clip}-{kind}", "unseen": kind in ("brief", "speech", "fact")}
 
 
 def write_rows(path, rows):
@@ -390,6 +398,83 @@ def test_evaluate_reports_scores_baselines_and_what_they_were_made_with(world):
     assert "counted wrong" in evaluation.render_scores(result)
 
 
+# ---- a task of one's own ---------------------------------------------------------------------------------------------
+
+def counting(n, clip="a.mp4"):
+    row = grounding(1.0, 2.0, clip=clip)
+    return {**row, "id": f"count-{clip}-{n}", "task": "counting", "kind": "count", "answer": n}
+
+
+def counting_task():
+    """The answer is a number; one that is off by one is worth 1/2, by two 1/3. Right is what is exact."""
+    def parse(text, row):
+        found = re.findall(r"\d+", evaluation.final_text(text))
+        return int(found[-1]) if found else None
+
+    def reward(text, row):
+        n = parse(text, row)
+        return 0.0 if n is None else 1 / (1 + abs(n - row["answer"]))
+
+    def score(texts, rows, seed=0):
+        values = [reward(text, row) for text, row in zip(texts, rows)]
+        unparsed = sum(text is not None and parse(text, row) is None for text, row in zip(texts, rows))
+        return {**evaluation.figure("near", values, rows, seed), "kinds": evaluation.by_kind(values, rows),
+                "missing": texts.count(None), "unparsed": unparsed}
+
+    def strategies(test, train, root, train_root):
+        return {"always 2": np.array([reward("2", row) for row in test])}
+
+    def rules(row):
+        yield isinstance(row.get("answer"), int), "field 'answer' must be a number"
+
+    return evaluation.Task(parse=parse, reward=reward, correct=lambda text, row: float(reward(text, row) == 1),
+                           score=score, strategies=strategies, rules=rules,
+                           figures=(evaluation.Figure("near", "count", "count"),))
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.setattr(evaluation, "TASKS", dict(evaluation.TASKS))
+    monkeypatch.setattr(iv3, "TASK_RULES", dict(iv3.TASK_RULES))
+    evaluation.add_task("counting", counting_task())
+
+
+def test_one_entry_makes_a_task(tasks):
+    row = counting(3)
+    answers = ("3", "I see 4.", "none", None)
+    assert [evaluation.reward(text, row) for text in answers] == [1, 0.5, 0, 0]
+    assert [evaluation.correct(text, row) for text in answers] == [1, 0, 0, 0]
+    assert [evaluation.well_formed(text, row) for text in answers] == [True, True, False, False]
+    result = evaluation.baselines([row, counting(2), mcq("B")], [])
+    assert result["count"] == pytest.approx(0.75) and result["count_name"] == "always 2" and result["mcq"] == 0.25
+    rules = iv3.TASK_RULES["mcq"]
+    evaluation.add_task("mcq", evaluation.TASKS["mcq"])                        # it brings no rules: ours stay
+    assert iv3.TASK_RULES["mcq"] is rules
+
+
+def test_a_task_of_ones_own_is_scored_by_the_command(tasks, world, monkeypatch, capsys):
+    rows = [counting(3), counting(4, "b.mp4"), counting(9, "gone.mp4"), mcq("A")]
+    data = write_rows(world.root / "counting.jsonl", rows)
+    monkeypatch.setattr(iv3, "generate", lambda model, samples, stop, max_new: [
+        iv3.Generation(ids=world.processor.tokenizer.encode("3 (A)")) for _ in samples])
+    run = ["--data", data, "--model", world.root / "model", "--out", world.root / "counted"]
+    command(monkeypatch, run)
+    result, out = json.loads((world.root / "counted/summary.json").read_text()), capsys.readouterr().out
+    assert result["counting"]["near"] == pytest.approx((1 + 0.5 + 0) / 3) and result["counting"]["missing"] == 1
+    assert result["baselines"]["count"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 8) / 3)        # 3, 4 and 9 are not 2
+    assert sorted(result["items"].values()) == [0, 0.5, 1, 1] and result["mcq"]["acc"] == 1
+    assert evaluation.stage_figures(result)["count_n"] == 3
+    assert "| near " in out and ".32" in out and "always 2" in out and "counting counted wrong: 0 unparsed, 1" in out
+    samples = {line.get("id"): line for line in records_of(world.root / "counted/samples.jsonl")}
+    assert samples["count-b.mp4-4"]["prediction"] == 3 and samples["count-b.mp4-4"]["reward"] == 0.5
+    write_rows(world.root / "counting.jsonl", [rows[0], counting("three")])
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run)
+    assert "counting.jsonl:2: field 'answer' must be a number" in capsys.readouterr().err
+
+
+# ---- rows and the agent -------------------------------------------------------------------------------------------
+
 def test_a_limit_is_a_seeded_sample_in_file_order():
     picked = evaluation.pick_rows(list(range(100)), 10, seed=1)
     assert picked == evaluation.pick_rows(list(range(100)), 10, seed=1) == sorted(picked) and len(set(picked)) == 10
@@ -462,325 +547,14 @@ def test_agent_takes_agent_rows(world):
         evaluation.evaluate_agent(world.model, world.processor, [mcq("A")], world.root)
 
 
-# ---- tables and results ---------------------------------------------------------------------------------------------
-
-def fake_results():
-    ci = {f"{k}_{p}": v for k in ("mcq", "miou", "r1_70", "width") for p, v in (("n", 40), ("ci", [0.55, 0.75]))}
-    block = {"mcq": 0.65, "miou": 0.6, "r1_70": 1.0, "width": 12.5, **ci}
-    group = {"direct": 0.25, "agentic": 0.75, "evidence_hit": 0.5, "direct_n": 8, "forced": 1, "direct_ci": [0.1, 0.5]}
-    return {"baselines": {"short": {"mcq": 0.33, "miou": 0.2}, "long": {"mcq": 0.3}}, "base": {"loss": 1.25},
-            "convert": {"loss": 1.5, "cache_ratio": 0.5}, "cpt": {"loss": 1.3},
-            "opd": {"short": block, "long": block, "gap_closed": 0.4}, "sft_short": {"short": block},
-            "agent": {"unseen": group, "seen": group}}
-
-
-def test_the_table_has_a_row_per_stage_baselines_first_within_100_columns():
-    text = evaluation.render(fake_results())
-    assert max(map(len, text.splitlines())) <= 100
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split()[1] for line in lines[2:5]] == ["baselines", "sft_short", "opd"]
-    assert ".65±.10" in lines[4] and "1.00±.10" in lines[4] and "12.50" in lines[4]
-    assert len({line.count("|") for line in lines[:5]}) == 1
-    assert "| convert cache_ratio | .50" in text and "| unseen" in text and "opd gap_closed" in text
-    changes = [line.split()[1] for line in lines if "+" in line]
-    assert changes == ["convert", "cpt", "sft_short", "opd", "agent,", "agent,"]
-
-
-def test_what_each_step_changes_is_told_in_points_and_over_seeds():
-    """By hand: of 0.65 - 0.33 and so on; the first stage on long clips has no baseline for spans."""
-    one = evaluation.gains(fake_results())
-    assert one["convert"] == {"nats": 0.25} and one["cpt"]["nats"] == pytest.approx(0.05)
-    assert one["sft_short"] == pytest.approx({"S mcq": 32, "S mIoU": 40})
-    assert one["opd"] == {"S mcq": 0, "S mIoU": 0, "S R1@.7": 0, "% of gap": 40}
-    assert one["agent, seen"] == {"L mcq": 50}
-    header, rows = evaluation.gains_table([one, {**one, "sft_short": {"S mcq": 34, "S mIoU": 40}}])
-    assert rows[2][0] == "sft_short" and rows[2][header.index("S mcq")] == "+33.0 ± 12.7"     # t · √2 / √2
-    assert evaluation.gains_table([one])[1][0][:2] == ["convert", "+0.250"]
-
-
-def test_gains_of_runs_on_the_command_line(tmp_path, monkeypatch, capsys):
-    """Two runs give a mean; a run that is not there, or has other steps, is named."""
-    for name, change in (("a", {}), ("b", {}), ("c", {"agent": {}})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps({**fake_results(), **change}))
-    a, b, c, none = (tmp_path / name for name in "abcd")
-    command(monkeypatch, ["--gains", a, b, "--json", tmp_path / "g.json"])
-    out = capsys.readouterr().out
-    assert out.startswith("± 95 %, 2 seeds") and "| +32.0 ± 0.0" in out
-    assert json.loads((tmp_path / "g.json").read_text()) == [evaluation.gains(fake_results())] * 2
-    for runs, problem in (([a, none], "d/results.json is not there"), ([a, c], "c/results.json has other steps")):
-        with pytest.raises(SystemExit):
-            command(monkeypatch, ["--gains", *runs])
-        assert problem in capsys.readouterr().err
-
-
-def test_results_are_written_as_json_and_markdown(tmp_path):
-    results = fake_results()
-    evaluation.write_results(results, tmp_path / "run")
-    assert json.loads((tmp_path / "run/results.json").read_text()) == results
-    assert (tmp_path / "run/results.md").read_text().strip() == evaluation.render(results)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "results.md"]
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-EVIL = "<script>x</script> ![](http://evil/x.png) `|\n\n# not a heading"
-
-
-@pytest.fixture
-def run(world, tmp_path):
-    """A finished run as train.py leaves it, small: eight test items, answered half right, one with markup in it."""
-    (tmp_path / "data").mkdir()
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / "data" / name).write_bytes((world.root / name).read_bytes())
-    rows = [mcq("B", kind=f"k{i}") for i in range(5)] + [grounding(i, i + 2.0, "b.mp4", 6.0) for i in (0.0, 1.0, 2.0)]
-    texts = ["blue (B)", EVIL, "blue", "red", None, "From 0.0 to 2.0 seconds.", "From 4.0 to 5.0 seconds.", "hm"]
-    write_rows(tmp_path / "data" / "test_short.jsonl", rows)
-    scores = {"meta": {"data": "elsewhere/data/test_short.jsonl"}, "texts": {r["id"]: t for r, t in zip(rows, texts)},
-              "items": {r["id"]: evaluation.reward(t, r) for r, t in zip(rows, texts)}}
-    recipe = {"steps": 40, "lr": 0.001, "muon": 0, "packs": 8, "branches": 4, "mix": {"sft_short.jsonl": 1.0}}
-    done = {"inherits": "x/cpt", "tokens": 2e6, "seconds": 90, "processes": 2, "recipe": recipe}
-    (tmp_path / "rl").mkdir()
-    (tmp_path / "rl" / "scores.json").write_text(json.dumps({"short": scores}))
-    (tmp_path / "rl" / "stage.json").write_text(json.dumps(done))
-    lines = [{"stage": "rl", "step": i, "loss": 0.1, "reward": i / 40, "tokens": 9} for i in range(40)]
-    write_rows(tmp_path / "metrics.jsonl", lines)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "rl", "step": 40, "lo')                                                     # torn
-    evaluation.write_results(fake_results(), tmp_path)
-    return tmp_path
-
-
-def bench_file(run):
-    """decode.json: 0.1 MB of cache a token of M2LA, 0.2 of GQA, 1 MB of weights, a step takes 10 times its limit."""
-    rows = []
-    for context in (10, 20):
-        row = {"name": "x", "context": context, "gqa_eager_ms": None}
-        for kind, mb in (("m2la", 0.1 * context), ("gqa", 0.2 * context)):
-            row |= {f"{kind}_cache_mb": mb, f"{kind}_ms": 10 * (mb + 1), f"{kind}_gb_s": 0.1, f"{kind}_of_copy": 0.1}
-        rows.append(row)
-    env = {"preset": "tiny", "layers": 2, "attention_only": False, "dtype": "torch.float32", "device": "CPU",
-           "copy_gb_s": 1.0, "memory_gb": 10.001}
-    (run / "decode.json").write_text(json.dumps({"env": env, "rows": rows}))
-    (run / "conversion.json").write_text(json.dumps({"env": {"model": "m"}, "rows": [
-        {"name": "paper", "loss_change": 2.1494, "seconds": 3.0}, {"name": "default", "loss_change": 0.019}]}))
-
-
-@pytest.mark.parametrize("drawn", [False, True])
-def test_the_report_holds_tables_curves_and_five_answers(drawn, run, monkeypatch, capsys):
-    if drawn:
-        pytest.importorskip("matplotlib")
-    else:
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench_file(run)
-    command(monkeypatch, ["--report", run])
-    text, page = (run / "report.md").read_text(), (run / "report.html").read_text()
-    assert f"{run}/report.html" in capsys.readouterr().out
-    assert evaluation.render(fake_results()) in text
-    assert "reward 0.0375 → 0.938" in text and "2.00 M" in text                            # tenths of i/40; tokens
-    assert "| 20            | 30       | 50           | does not fit  | 3           | 5 " in text and "2.149" in text
-    assert "0.1 M tokens with M²LA, 0.05 M tokens with good GQA" in text                   # 10 GB by 0.1 and 0.2 MB
-    assert text.count("### ") == 5 and len(re.findall("→ (right|IoU 1.00)", text)) == 3     # all there are, of 8
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(pictures) >= 5 * 6 and all((run / name).stat().st_size for name in pictures)
-    assert ("report/training.svg" in pictures and "report/decode.svg" in pictures) == drawn
-    assert ("pip install matplotlib" in text) != drawn
-    assert len(pictures) == page.count("<img ") == page.count('src="data:image/')
-    both = text + page
-    assert "<script" not in both and "http://evil" not in page.replace("http&#58;", "") and "# not a" not in page
-
-
-def test_the_report_shows_a_models_text_as_text_only(run):
-    for row in evaluation.stage_samples(run / "rl").values():
-        if row["text"] == EVIL:
-            text = "\n\n".join(evaluation.item_part(0, row, images := {}))
-            page = evaluation.html_page(text, images)
-            assert "not a heading" in text and "<script" not in page
-            assert text.count("![") == len(images) == page.count("<img")
-            assert len({line.count("|") for line in text.split("\n\n")[1].splitlines()}) == 1
-            return
-    raise AssertionError("the item is gone")
-
-
-def test_two_stages_of_a_recipe_are_compared(run):
-    rows = evaluation.compare(run / "rl", run / "rl")["rows"]
-    assert [r["name"] for r in rows][:2] == ["grounding", "grounding when"] and sum(r["n"] for r in rows) == 2 * 8
-
-
-def test_a_report_says_what_makes_the_missing_parts(run):
-    (run / "results.json").unlink()
-    (run / "rl" / "scores.json").unlink()
-    text = evaluation.write_report(run) and (run / "report.md").read_text()
-    for part in ("train.py --out", "--bench conversion --json", "--bench decode --contexts", "No predictions"):
-        assert part in text
-    (run / "decode.json").write_text('{"rows": []}')
-    with pytest.raises(UserError, match="decode.json: not written by"):
-        evaluation.write_report(run)
-    assert "decode.json" in evaluation.report_line(run) and "no report" in evaluation.report_line(run / "absent")
-    assert not (run / "absent").exists()
-
-
-# ---- the ablation bench ----------------------------------------------------------------------------------------------
-
-def test_bench_ablation_trains_what_is_not_there_and_tells_differences(world, tmp_path, monkeypatch, capsys):
-    """The commands are train.py's own, up to the training itself; a part's scores are told by its directory."""
-    trained, scored, runs = [], [], tmp_path / "runs"
-    points = {"full": 60, "CPT": 50, "long_context": 58, "long-video_data": 55.5, "RL": 59}
-
-    def leave(stage, args):
-        assert args.steps == 5 and args.data_dir == runs / f"seed{args.seed}" / "full" / "data"
-        trained.append((args.seed, args.out.name, stage, Path(args.init).name if args.init else None, args.max_frames,
-                        tuple(args.without)))
-        iv3.save_model(args.out / stage, world.model, world.processor.tokenizer)
-
-    def leave_all(args):
-        for stage in iv3.STAGES:
-            leave(stage, args)
-        (args.out / "results.json").write_text(json.dumps(fake_results()))
-
-    def score(model, processor, test, seed, model_dir):
-        scored.append(model_dir)
-        value = (points[model_dir.parent.name] + seed - (model_dir.name == "rl")) / 100 - ("long" in test.name) / 10
-        blocks = {"mcq": ["acc"], "grounding": ["miou", "r1_30", "r1_50", "r1_70", "width"]}
-        return {task: {name + part: value for name in names for part in ("", "_n", "_ci")}
-                for task, names in blocks.items()}
-
-    def run(line, **_):
-        monkeypatch.setattr(sys, "argv", line[1:])
-        train.main()
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(train, "run_stage", leave)
-    monkeypatch.setattr(train, "whole_recipe", leave_all)
-    monkeypatch.setattr(evaluation.subprocess, "run", run)
-    monkeypatch.setattr(evaluation, "evaluate", score)
-    bench = ["--bench", "ablation", "--seeds", 2, "--out", runs, "--recipe", "--steps 5 --jobs 1"]
-    command(monkeypatch, [*bench, "--json", tmp_path / "a.json"])
-    rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
-    assert json.loads((tmp_path / "a.json").read_text())["steps"] == [evaluation.gains(fake_results())] * 2
-    assert rows["full, opd"]["short_mcq"] == pytest.approx(60.5)
-    assert rows["full, opd"]["long_miou"] == pytest.approx(50.5)
-    changes = {name: row["long_mcq"] for name, row in rows.items() if name.startswith("- ")}
-    assert changes == pytest.approx({"- CPT": -10, "- long context": -2, "- long-video data": -4.5, "- RL": -1,
-                                     "- OPD": -1})
-    assert rows["full, opd"]["short_mcq_half"] == pytest.approx(12.71 * 0.5)      # of 60 and 61: t · sd / √2
-    mine = [run[1:] for run in trained if run[0] == 1 and run[1] != "full"]
-    long = ("sft_long.jsonl", "curated/curated.jsonl", "sft_agent.jsonl")
-    assert mine == [("CPT", "sft_short", "convert", None, ()), ("CPT", "sft_long", None, None, ()),
-                    ("long_context", "sft_long", "sft_short", 48, ()),
-                    ("long-video_data", "sft_long", "sft_short", None, long), ("RL", "opd", "sft_long", None, ())]
-    assert set(long) < set(train.TINY["sft_long"].mix)
-    before, first = (len(trained), len(scored)), capsys.readouterr().out
-    command(monkeypatch, bench)
-    assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
-    shutil.rmtree(runs / "seed0")                                                 # what was measured is enough
-    command(monkeypatch, bench)
-    assert (len(trained), len(scored)) == before and capsys.readouterr().out == first
-    with pytest.raises(SystemExit):
-        command(monkeypatch, [*bench[:-1], "--steps 6 --jobs 1"])
-    assert "has runs with --recipe='--steps 5 --jobs 1'; give another --out" in capsys.readouterr().err
-
-
-# ---- the decode bench and the command -------------------------------------------------------------------------------
-
-@torch.no_grad()
-def test_the_eager_baseline_computes_the_same_attention_as_the_layer():
-    torch.manual_seed(0)
-    gqa, eager = iv3.GQA(64, 4, 2, 16, 1e-6), evaluation.EagerGQA(64, 4, 2, 16, 1e-6)
-    eager.load_state_dict(gqa.state_dict())
-    x, vision = torch.randn(1, 7, 64), torch.zeros(1, 7, dtype=torch.bool)
-    rope = evaluation.mrope(torch.arange(7).expand(3, 1, 7), 16, 1e4, (3, 3, 2))
-    whole, cache = gqa(x, rope, vision), evaluation.GrownCache([torch.zeros(2, 1, 2, 0, 16)])
-    for t in range(7):
-        out = eager(x[:, t:t + 1], [r[:, t:t + 1] for r in rope], vision[:, :1], cache=cache)
-        assert torch.allclose(out[:, 0], whole[:, t], atol=1e-5)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])
-@torch.no_grad()
-def test_decode_models_share_their_weights_and_a_step_is_repeatable(device):
-    """A step, a graph on a GPU, gives the logits that the model gives, also a second time."""
-    cfg = iv3.Config(layers=2, deepstack=())
-    models = evaluation.decode_models(cfg, False, device, torch.float32)
-    attn = {kind: model.language_model.layers[1].self_attn for kind, model in models.items()}
-    assert len({layer.k_proj.weight.data_ptr() for layer in attn.values()}) == 1
-    assert [type(layer).__name__ for layer in attn.values()] == ["M2LA", "GQA", "EagerGQA"]
-    ids, positions = torch.full((1, 1), 2, device=device), torch.full((3, 1, 1), 40, device=device)
-    for kind, model in models.items():
-        step, cache = evaluation.decode_step(model, 40, kind == "gqa_eager")
-        cache.truncate(40)
-        first = step().clone()
-        assert first.shape == (1, 1, cfg.vocab) and first.isfinite().all() and first.any()
-        if kind != "gqa_eager":
-            assert int(cache.lengths) == 41 and cache.nbytes() == (41 if kind == "gqa" else 20.5) * 2 * 2 * 64 * 4
-            for again in (step, lambda model=model, cache=cache: model.logits(model(ids, positions, cache=cache))):
-                cache.truncate(40)
-                torch.testing.assert_close(again(), first, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("more", ["--layers 2", "--attention-only"])
-def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "decode.json"
-    arguments = f"eval.py --bench decode --contexts 32,64 {more} --steps 2 --json {file}"
-    monkeypatch.setattr(sys, "argv", arguments.split())
-    evaluation.main()
-    result = json.loads(file.read_text())
-    layers = 1 if more == "--attention-only" else 2
-    assert [row["context"] for row in result["rows"]] == [32, 64] and result["env"]["layers"] == layers
-    for row in result["rows"]:
-        assert row["cache_ratio"] == 0.5 and min(row["m2la_ms"], row["gqa_ms"], row["gqa_eager_ms"]) > 0
-        assert row["gqa_cache_mb"] == pytest.approx(row["context"] * layers * 2 * 64 * 4 / 1e6)
-        assert row["speedup"] == row["gqa_ms"] / row["m2la_ms"]
-        assert row["gqa_of_copy"] == row["gqa_gb_s"] / result["env"]["copy_gb_s"]
-    assert "gqa_eager_ms" in capsys.readouterr().out
-
-
-def test_bench_agent_cache_runs_only_what_is_new(tmp_path, monkeypatch, capsys):
-    file, lengths, forward = tmp_path / "cache.json", [], iv3.InternVideo3.forward
-
-    def counted(self, ids, *args, **kwargs):
-        lengths.append((self.cfg.attn, ids.shape[1]))
-        return forward(self, ids, *args, **kwargs)
-    monkeypatch.setattr(iv3.InternVideo3, "forward", counted)
-    monkeypatch.setattr(sys, "argv", f"eval.py --bench agent-cache --first 48 --new 32 --steps 2 --json {file}".split())
-    evaluation.main()
-    rows = json.loads(file.read_text())["rows"]
-    for kind in ("m2la", "gqa"):
-        assert [n for attn, n in lengths if attn == kind][1::3] == [48, 48, 32, 80, 32, 112]    # live, rebuilt, …
-        assert max(row[f"{kind}_difference"] for row in rows) < 1e-3
-        last = rows[-1]
-        assert last[f"{kind}_live_written_mb"] == pytest.approx(last[f"{kind}_mb"])
-        assert last[f"{kind}_rebuilt_written_mb"] == pytest.approx(last[f"{kind}_mb"] * (48 + 80 + 112) / 112)
-        assert last[f"{kind}_rebuilt_s"] > rows[0][f"{kind}_rebuilt_s"] > 0
-    assert [row["context"] for row in rows] == [48, 80, 112]
-    assert rows[-1]["gqa_mb"] == pytest.approx(112 * 4 * 2 * 64 * 4 / 1e6) == pytest.approx(2 * rows[-1]["m2la_mb"])
-    assert "m2la_rebuilt_s" in capsys.readouterr().out
-
-
-def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys):
-    """64 tokens of a tiny layer take 16 kB in M²LA's cache, 33 in GQA's, 131 in the eager one with its copies."""
-    free = iter([1.0, 1.0, 40e-6, 20e-6, 7e-6])                  # GB: for the weights, then for each context
-    monkeypatch.setattr(evaluation, "free_memory", lambda device: next(free))
-    monkeypatch.setattr(sys, "argv", f"eval.py --bench decode --contexts 64,64,64,64 --attention-only --steps 1 --json "
-                                     f"{tmp_path / 'd.json'}".split())
-    evaluation.main()
-    rows, out = json.loads((tmp_path / "d.json").read_text())["rows"], capsys.readouterr().out
-    assert [[row[f"{k}_ms"] is not None for k in ("m2la", "gqa", "gqa_eager")] for row in rows] == [
-        [True, True, True], [True, True, False], [True, False, False]]
-    assert out.count("context 64: no gqa_eager") == 3 and out.count("no m2la") == 1
-    monkeypatch.setattr(evaluation, "free_memory", lambda device: 1e-5)
-    with pytest.raises(UserError, match="the weights need .* GB"):
-        evaluation.main()
-
+# ---- the command --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, word", [
-    ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --bench decode", "either"),
-    ("--bench decode --contexts 16,none", "--contexts"), ("--bench decode --layers 0", "--layers"),
-    ("--data x.jsonl --limit 0", "--limit"), ("--bench agent-cache --new 0", "--new"),
-    ("--bench agent-cache --attention-only", "--attention-only"), ("--bench decode --json nowhere/x.json", "--json"),
+    ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --compare a b", "either"),
+    ("--data x.jsonl --limit 0", "--limit"), ("--data x.jsonl --json nowhere/x.json", "--json"),
     ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere"),
-    ("--report nowhere", "--report nowhere"), ("--compare nowhere x", "nowhere/samples.jsonl"),
-    ("--data x.jsonl --resume", "--resume"), ("--bench decode --out x", "--out")])
+    ("--compare nowhere x", "nowhere/samples.jsonl"), ("--data x.jsonl --resume", "--resume"),
+    ("--compare a b --out x", "--out")])
 def test_a_mistake_is_one_line_and_exit_2(arguments, word, world, monkeypatch, capsys):
     write_rows(world.root / "mcq.jsonl", [mcq("A")])
     model = [] if "--model" in arguments or not arguments else ["--model", str(world.root / "model")]

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import struct
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import iv3
-import train
 from iv3 import Config, MediaError, Processor, Tokenizer, UserError, generate, load_rows, read_video, target_size
 
 PIECES = ["user\n", "assistant\n", "What colour", " is the", " shape", "?", "red", "red circle", " seconds", "answer"]
@@ -105,94 +104,6 @@ def test_presets_have_the_sizes_of_the_published_checkpoints(name, expected):
     with torch.device("meta"):
         model = iv3.InternVideo3(Config.preset(name), (1, 2))
     assert sum(p.numel() for p in model.parameters()) == expected
-
-
-@pytest.mark.parametrize("name, expected", [
-    # 8B, M²LA: query maps 32·128·256, encoder 2048·1920 + 1920, two decoders 896·2048 + 2048 more in each of 36 layers;
-    # a token's row in bf16: 36 · 2·8·128 values of GQA, 36 · (896 + 128) of M²LA
-    ("qwen3-vl-8b", [(8_767_123_696, 147_456, (80e9 - 2 * 8_767_123_696) // 147_456),
-                     (8_767_123_696 + 36 * 8_656_768, 73_728, (80e9 - 2 * 9_078_767_344) // 73_728)]),
-    # 4 layers of 4 / 2 heads of 32: query maps 4·32·64, encoder 128·96 + 96, two decoders 32·128 + 128
-    ("tiny", [(2_039_040, 1024, (80e9 - 2 * 2_039_040) // 1024),
-              (2_039_040 + 4 * (8192 + 12_384 + 2 * 4224), 512, (80e9 - 2 * 2_155_136) // 512)])])
-def test_estimate_by_hand(name, expected):
-    rows = [line.replace(",", "").split() for line in list(iv3.estimate(name, 80))[2:]]
-    assert [row[0] for row in rows] == ["gqa", "m2la"]
-    assert [(int(row[1]), int(row[3]), int(row[4])) for row in rows] == expected
-
-
-def test_estimate_of_a_converted_model(tmp_path):
-    """Its own ranks, those of the wider modality; weights that do not fit leave no context."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(asdict(replace(LATENT, ranks=((24, 16), (16, 16), (20, 20))))))
-    lines = list(iv3.estimate(str(tmp_path), 1e-6))
-    assert lines[3].split()[0] == "m2la" and lines[3].split()[3:] == [str(2 * (24 + 16 + 20 + 3 * 16)), "0"]
-    assert lines[2].split()[3] == str(2 * 3 * 2 * 2 * 16)
-
-
-def kept_by_autograd(model, batch, monkeypatch):
-    """Bytes of the tensors that the forward of a training step keeps for its backward, weights and batch left out."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *batch.values()) if torch.is_tensor(t)}
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor                   # alive, or another would get its address
-        return tensor
-    checkpoint = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, /, **k: checkpoint(f, keep(x), **k))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits, token, _ = train.answer_logits(model, batch)
-        torch.nn.functional.cross_entropy(logits, token)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in known)
-
-
-@pytest.mark.parametrize("options", [{}, {"freeze": ("vision", "projector")},
-                                     {"freeze": ("vision", "projector"), "checkpointing": True}], ids=str)
-@pytest.mark.parametrize("attn", ["gqa", "m2la"])
-def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokenizer, folder, monkeypatch):
-    cfg = replace(LATENT if attn == "m2la" else UNTIED, layers=4, hidden=64, ranks=((24, 16), (16, 24)) * 2)
-    model, processor = random_model(cfg, tokenizer).train(), Processor(tokenizer, cfg)
-    if "freeze" in options:
-        model.visual.requires_grad_(False)
-    model.checkpointing = "checkpointing" in options
-    sample = processor.encode([user(video("wide.mp4"), video("ramp.mp4"), "What colour is the shape? " * 4),
-                               {"role": "assistant", "content": "red circle " * 30}], folder)
-    batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)
-    T, blocks = len(sample.ids), batch["mask"].blocks
-    keys = 1 + sum(head + stop - low for _, stop, head, low in blocks if head) / T
-    seen = sum((stop - start) * (head + stop - low) for start, stop, head, low in blocks) / T ** 2
-    saved, _ = iv3.activation_bytes(cfg, T, 2, keys, seen, int(sample.answer.sum()),
-                                    int(sample.grids.prod(1).sum()) / 4 / T, mixed=False, **options)
-    assert saved == pytest.approx(kept_by_autograd(model, batch, monkeypatch), rel=0.05)
-
-
-def test_training_bytes_by_hand():
-    """2B: 2,127,532,032 weights; the tower has 305 M of them, four mergers 101 M, matrices outside embeddings and tower
-    28 · (2·2048² + 2·2048·1024 + 3·2048·6144)."""
-    with torch.device("meta"):
-        model = iv3.InternVideo3(Config.preset("qwen3-vl-2b"), (1, 2))
-    n, matrices = 2_127_532_032, 28 * (2 * 2048 ** 2 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
-    visual = sum(p.numel() for p in model.visual.parameters())
-    parts = iv3.training_bytes(model, 100)
-    assert [parts[k] for k in ("weights", "bf16 copies", "gradients", "optimizer")] == [4 * n, 2 * n, 4 * n, 8 * n]
-    parts = iv3.training_bytes(model, 100, muon=True, freeze=("vision", "projector"))
-    assert (parts["weights"], parts["gradients"]) == (4 * n, 4 * (n - visual))
-    assert parts["optimizer"] == 8 * (n - visual) - 4 * matrices
-    assert iv3.training_bytes(model, 100, freeze=("projector",))["gradients"] == 4 * (
-        n - sum(p.numel() for m in (model.visual.merger, model.visual.deepstack_merger_list) for p in m.parameters()))
-    for plain, again in ((iv3.training_bytes(model, 9000, checkpointing=c) for c in (False, True)),):
-        assert again["activations"] < plain["activations"] / 8 and again["working"] > plain["working"]
-
-
-def test_the_longest_sequence_is_the_last_that_fits():
-    how = dict(packs=2, checkpointing=True)
-    gqa, m2la = (line.replace(",", "").split() for line in list(iv3.estimate("small", 8, seq=64, **how))[2:])
-    with torch.device("meta"):
-        model = iv3.InternVideo3(Config.preset("small"), (1, 2))
-    below, above = (sum(iv3.training_bytes(model, int(gqa[-1]) + more, **how).values()) for more in (0, 1))
-    assert below <= 8e9 < above and int(m2la[-1]) < int(gqa[-1])
-    assert float(gqa[-2]) == round(sum(iv3.training_bytes(model, 64, **how).values()) / 1e9, 2)
-    assert list(iv3.estimate("small", 0.1, seq=64))[2].split()[-1] == "0"
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -344,6 +255,14 @@ def test_rotated_video_is_shown_upright(tmp_path):
     path.write_bytes(data)
     frame = read_video(path).frames[0]
     assert frame.shape == (64, 32, 3) and frame[:28, :, 0].min() > 200 and frame[36:, :, 0].max() < 50
+
+
+def test_frames_know_how_long_they_are_shown(tmp_path):
+    path = write_video(tmp_path / "v.mp4", [10, 60, 110], times=[0, 0.1, 0.5])
+    shown = list(iv3.shown_frames(path, 0))
+    assert [s.since for s in shown] == pytest.approx([0, 0.1, 0.5])
+    assert [s.until for s in shown] == pytest.approx([0.1, 0.5, float("inf")])
+    assert [round(s.frame.to_ndarray(format="gray").mean() / 50) for s in shown] == [0, 1, 2]
 
 
 def test_one_frame_video(tmp_path, tokenizer):
@@ -563,6 +482,40 @@ def test_a_broken_row_is_named_by_line_and_field(row, named, tmp_path):
         load_rows(path)
 
 
+def test_a_fork_adds_a_task_by_one_entry(tmp_path, monkeypatch):
+    def counting_rules(row):
+        yield isinstance(row.get("answer"), int), "field 'answer' must be a number"
+    row, path = {**GOOD, "task": "counting"}, tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "answer": 3}))
+    with pytest.raises(UserError, match="'task' is 'counting': use one of text, caption, mcq, grounding, mcr$"):
+        load_rows(path)
+    monkeypatch.setitem(iv3.TASK_RULES, "counting", counting_rules)
+    with pytest.raises(UserError, match=r"d\.jsonl:1: field 'answer' must be a number"):
+        load_rows(path)
+    path.write_text(json.dumps({**row, "answer": 3}))
+    assert load_rows(path)[0]["answer"] == 3
+
+
+def test_what_a_row_shows():
+    """Its media in reading order, its file, its question; videos changed in a copy, other items and texts not."""
+    picture = {"type": "image", "image": "a.png"}
+    row = {**GOOD, "messages": [{"role": "system", "content": "Look."}, user("q", picture, video("v.mp4", fps=4)),
+                                LAST, {"role": "tool", "content": [video("w.mp4", max_frames=2)]}, LAST]}
+    assert iv3.media_items(row) == [picture, video("v.mp4", fps=4), video("w.mp4", max_frames=2)]
+    assert iv3.first_media(row) == picture and iv3.clip_of(row) == "a.png" and iv3.user_turn(row) is row["messages"][1]
+    text = {**GOOD, "id": "t", "messages": [LAST]}
+    assert iv3.media_items(text) == [] and iv3.first_media(text) is None and iv3.clip_of(text) == "t"
+    with pytest.raises(UserError, match="row 't': has no message of a user"):
+        iv3.user_turn(text)
+    before = copy.deepcopy(row)
+    assert iv3.framed([row]) == [row] == [before]
+    once, = iv3.framed([row], fps=1, max_frames=3)
+    assert iv3.media_items(once) == [picture, {**video("v.mp4", fps=4, max_frames=3), "pairs": True},
+                                     video("w.mp4", fps=1, max_frames=2)]
+    assert [m["content"] for m in once["messages"]][::2] == ["Look.", LAST["content"], LAST["content"]]
+    assert once["messages"][1]["content"][0] == {"type": "text", "text": "q"} and row == before
+
+
 def test_files_that_hold_no_rows(tmp_path):
     path = tmp_path / "d.jsonl"
     broken = ((b"\n \n", "no rows"), (b"{\"id\": ", "jsonl:1: not JSON"), (b"\xff\xfe\x00", "jsonl:1: not JSON"))
@@ -588,6 +541,29 @@ def prompts(tokenizer, folder):
                 [{"type": "image", "image": "picture.png"}, "and", video("ramp.mp4", end=1), "?"])
     processor = Processor(tokenizer, CONFIG)
     return [processor.encode([user(*c)], folder, generation=True) for c in contents]
+
+
+def test_answer_logits_are_those_of_the_token_before(model, tokenizer, folder):
+    """Of a batch with padding and of each conversation alone, by indices written out; under autocast in fp32."""
+    processor = Processor(tokenizer, CONFIG)
+    samples = [processor.encode([user(video("wide.mp4"), "What?"), {"role": "assistant", "content": "red " * n},
+                                 user("And?"), {"role": "assistant", "content": "blue"}], folder) for n in (1, 4)]
+    batch = iv3.collate(samples, 0)
+    answers = torch.nn.utils.rnn.pad_sequence([s.answer for s in samples], batch_first=True)
+    with torch.no_grad():
+        hidden = model(**batch)
+        expected = []
+        for b, sample in enumerate(samples):
+            at = [t for t in range(len(sample.ids)) if sample.answer[t]]
+            expected.append(torch.stack([model.logits(hidden[b, t - 1]) for t in at]))
+            alone = iv3.answer_logits(model, hidden[b], sample.answer)       # hidden is longer: the padding
+            torch.testing.assert_close(alone, expected[-1])
+        torch.testing.assert_close(iv3.answer_logits(model, hidden, answers), torch.cat(expected))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = iv3.answer_logits(model, hidden.bfloat16(), answers)
+        torch.testing.assert_close(got, iv3.answer_logits(model, hidden.bfloat16().float(), answers))
+        half = copy.deepcopy(model).bfloat16()                               # weights as on a GPU
+        assert iv3.answer_logits(half, hidden.bfloat16(), answers).dtype == got.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -759,3 +735,7 @@ def test_find_model(tmp_path, monkeypatch):
     assert iv3.find_model("runs/new/base").parts[-2:] == ("new", "base")
     with pytest.raises(UserError, match="runs/other"):
         iv3.find_model("runs/other")
+    monkeypatch.setattr(iv3, "STAGE_ORDER", [*iv3.STAGE_ORDER, "dpo"])     # a fork's stage comes after the others
+    (tmp_path / "runs/new/dpo").mkdir()
+    (tmp_path / "runs/new/dpo/config.json").write_text("{}")
+    assert iv3.find_model("runs/new").parts[-1] == "dpo"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eval as evaluation
 import iv3
 import m2la
 from iv3 import Config
@@ -444,6 +444,25 @@ def test_expand_gives_independent_copies(kind):
 
 
 @torch.no_grad()
+def test_the_cache_of_the_picture():
+    """The two-segment cache that is drawn above `Cache`: limits, places and what of it is seen."""
+    cache = LatentCache([(3, 2)], 2, 1, (4, 4))
+    cache.begin(torch.tensor([[False, False, True, True, True, False]]))                 # what is [v] [v] [v] here
+    cache.commit()
+    assert cache.counts[:, 0].tolist() == [3, 3]
+    cache.begin(torch.tensor([[True, False]]))                                           # [v] ?
+    assert cache.limits[:, 0].tolist() == [[3, 4], [4, 4]]
+    assert cache.places[:, 0].tolist() == [[4, 3], [3, 4]]                               # 4: the spare row
+    assert cache.visible(0, 2)[0, 0].int().tolist() == [[1, 1, 1, 0, 1, 1, 1, 1], [1] * 8]
+    assert not cache.fresh and cache.mask is None
+    cache.append(0, [torch.full((1, 2, 5), 7.0), torch.full((1, 2, 4), 9.0)])
+    assert [rows[0, 3].unique().tolist() for rows in cache.rows[0]] == [[7], [9]]
+    cache.commit()
+    cache.truncate(7)                                                                    # only "?" is forgotten
+    assert cache.counts[:, 0].tolist() == [3, 4]
+
+
+@torch.no_grad()
 def test_cache_bytes_and_overflow():
     x, rope, vision = sample(B=2, T=12)
     cache = new_cache("m2la", 2, capacity=8, dtype=torch.float32)
@@ -464,7 +483,7 @@ def converted(spec, gqa=None, T=200, B=8, layer_index=0):
     x, rope, vision = sample(B, T)
     with torch.no_grad(), Calibration([gqa], raw=True) as calibration:
         target = gqa(x, rope, vision)
-    module = M2LA.from_gqa(gqa, calibration.moments[0], spec, layer_index)
+    module = m2la.convert_layer(gqa, calibration.moments[0], spec, layer_index)
     with torch.no_grad():
         out = module(x, rope, vision)
     return module, float((out - target).norm() / target.norm()), (gqa, x, rope, vision, target)
@@ -702,7 +721,7 @@ def test_hazards_are_named_with_their_number():
             gqa(x, rope, vision)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            M2LA.from_gqa(gqa, calibration.moments[0], spec, 5)
+            m2la.convert_layer(gqa, calibration.moments[0], spec, 5)
         return [str(w.message) for w in caught]
     assert messages(ConvertSpec(16, (8, 8), length=800)) == []
     short, = messages(ConvertSpec(16, (8, 8), length=4096))
@@ -720,7 +739,7 @@ def test_linear_norms_need_raw_moments():
     with torch.no_grad(), Calibration([gqa]) as calibration:
         gqa(x, rope, vision)
     with pytest.raises(UserError, match="raw=True"):
-        M2LA.from_gqa(gqa, calibration.moments[0], ConvertSpec(16, (2, 2), qk_norm="const"))
+        m2la.convert_layer(gqa, calibration.moments[0], ConvertSpec(16, (2, 2), qk_norm="const"))
 
 
 def test_unitary_basis_joins_heads_that_differ_by_a_phase():
@@ -758,6 +777,46 @@ def test_padding_does_not_count():
     assert alone.moments[0].count.sum() == 43
 
 
+def calibration_batch(valid=None, mask=None):
+    """Two sequences of 30 tokens with a video each, as iv3.collate or train.collate_packs would hand them over."""
+    ids = torch.randint(3, 1000, (2, 30))
+    ids[:, 5:17] = 1                                                                     # vision: 2 patches x 6
+    batch = dict(ids=ids, positions=torch.arange(30).expand(3, 2, 30), grids=torch.tensor([[4, 4]] * 6),
+                 patches=torch.randint(0, 256, (96, 3 * 2 * 16 * 16), dtype=torch.uint8), valid=valid)
+    return batch if mask is None else {**batch, "mask": mask, "answer": torch.ones(2, 30, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@torch.no_grad()
+def test_calibrate_is_the_loop_over_batches(raw, monkeypatch):
+    """Padding does not count, packed conversations do not see each other, and processes add up what they saw."""
+    torch.manual_seed(0)
+    model = iv3.InternVideo3(Config(layers=2), (1, 2)).eval()
+    valid = torch.arange(30) < torch.tensor([[30], [21]])
+    causal = torch.ones(30, 30, dtype=torch.bool).tril()
+    packed = causal & ((torch.arange(30) < 20)[:, None] == (torch.arange(30) < 20))
+    blocks = m2la.Blocks(packed.expand(2, 1, 30, 30), [(0, 20, 0, 0), (20, 30, 0, 20)])
+    batches = [calibration_batch(valid), calibration_batch(torch.ones_like(valid), blocks)]
+    calibration = m2la.calibrate(model, iter(batches), raw)
+
+    with Calibration([layer.self_attn for layer in model.language_model.layers], raw) as expected:
+        for batch in batches:
+            expected.valid = batch["valid"]
+            model(*[batch[name] for name in ("ids", "positions", "patches", "grids")], mask=batch.get("mask"))
+    assert len(calibration.moments) == 2 and calibration.modules == expected.modules
+    for got, want in zip(calibration.moments, expected.moments):
+        assert vars(got).keys() == vars(want).keys() and hasattr(got, "raw_query") == raw
+        assert all(torch.equal(value, getattr(want, name)) for name, value in vars(got).items())
+        assert got.count.tolist() == [51 + 60 - 2 * 24, 48]
+        seen = sum(range(1, 31)) + sum(range(1, 22)) + 2 * (sum(range(1, 21)) + sum(range(1, 11)))
+        assert got.seen[0] == seen
+
+    two = SimpleNamespace(is_initialized=lambda: True, all_reduce=lambda t: t.mul_(2))
+    monkeypatch.setattr(m2la, "dist", two)                                               # another process saw the same
+    for got, want in zip(m2la.calibrate(model, batches, raw).moments, expected.moments):
+        assert all(torch.equal(value, 2 * getattr(want, name)) for name, value in vars(got).items())
+
+
 def test_too_little_calibration_falls_back_to_a_shared_basis():
     with pytest.warns(UserWarning, match=r"layer 3: \d+ vision tokens.*at least 160.*calibrate on more vision"):
         module, _, _ = converted(ConvertSpec(16, (2, 16)), T=15, layer_index=3)
@@ -771,7 +830,7 @@ def test_too_little_calibration_falls_back_to_a_shared_basis():
 def test_conversion_without_calibration_is_refused():
     gqa = layer("gqa")
     with pytest.raises(UserError, match="calibration saw no tokens"):
-        M2LA.from_gqa(gqa, Calibration([gqa]).moments[0], ConvertSpec(16, (8, 8)))
+        m2la.convert_layer(gqa, Calibration([gqa]).moments[0], ConvertSpec(16, (8, 8)))
     x, rope, vision = sample()
     cache = new_cache("gqa", 2)
     cache.begin(vision)
@@ -819,20 +878,3 @@ def test_state_round_trip():
     fresh = M2LA(HIDDEN, HEADS, KV, DH, 1e-6, 16, (12, 20)).double()
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(x, rope, vision), module(x, rope, vision))
-
-
-@torch.no_grad()
-def test_conversion_bench_rows():
-    """The bench's order, equal bytes in all rows, and on a random layer the default ahead of what is published."""
-    rows = evaluation.conversion_rows()
-    assert list(rows)[:2] == ["transmla", "care"] and list(rows)[-2:] == ["paper", "default"]
-    assert rows["default"] == evaluation.DEFAULT == {**rows["- healing"], "heal": ConvertSpec.heal}
-    assert rows["- measured damage"] == rows["+ greedy by energy"]
-    bench = evaluation.RandomLayer(Config.preset("tiny"), 0)
-    for choices in rows.values():
-        for share in (0.3, 0.5):
-            spec = evaluation.spec_of(choices, bench.gqa, share)
-            assert spec.rope_width + sum(spec.ranks) / 2 == int(share * 128)
-    error = {name: bench.run(choices, 0.5)["random_out_err"] for name, choices in rows.items()}
-    assert error["default"] < 0.8 * min(error[name] for name in ("transmla", "care", "paper")), error
-    assert error["default"] < 1.05 * min(error.values()), error

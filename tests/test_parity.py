@@ -2,7 +2,7 @@
 `iv3.load_model`, must give the same prompt text, position ids and logits; and what we write, it reads.
 
 Written for transformers 4.57.3, the version the authors pin; run with 5.23.0 too. In 5.x
-- the config keeps rope_theta and rope_scaling together, as rope_parameters (`Config.from_hf` reads both);
+- the config keeps rope_theta and rope_scaling together, as rope_parameters (`load_config` of extras/hf.py reads both);
 - the model wants `mm_token_type_ids` (0 text, 1 image, 2 video) beside the ids to find positions and cannot do without;
 - the processor replaces only <|video_pad|>, so the template's <|vision_start|>…<|vision_end|> stays around all patches
   of a video. 4.57.3, which the checkpoints were trained with, replaces it too, and so do we.
@@ -18,6 +18,7 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -345,7 +346,7 @@ def test_what_we_write_transformers_reads(world, tmp_path):
     sample = world.processor.encode(CONVERSATIONS["several"], world.folder)
     _, inputs = their_inputs(world, [CONVERSATIONS["several"]])
     expected = world.theirs(**inputs).logits
-    iv3.save_hf(tmp_path / "hf", world.ours, world.processor.tokenizer)
+    iv3.hugging_face().save_hf(tmp_path / "hf", world.ours, world.processor.tokenizer)
     theirs, _ = theirs_of(tmp_path / "hf")
     torch.testing.assert_close(theirs(**inputs).logits, expected, atol=0, rtol=0)
     assert iv3.find_model(tmp_path / "hf") == tmp_path / "hf"
@@ -358,7 +359,7 @@ def test_what_we_write_transformers_reads(world, tmp_path):
 def test_what_we_do_not_read_is_passed_on(world, tmp_path):
     """By training in our format too: the chat template and settings that transformers and vLLM look for."""
     iv3.save_model(tmp_path / "trained", world.ours, world.processor.tokenizer)
-    iv3.save_hf(tmp_path / "hf", world.ours, iv3.load_model(tmp_path / "trained")[1].tokenizer)
+    iv3.hugging_face().save_hf(tmp_path / "hf", world.ours, iv3.load_model(tmp_path / "trained")[1].tokenizer)
     names = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
              "video_preprocessor_config.json"]
     assert all((tmp_path / "hf" / name).read_bytes() == (world.directory / name).read_bytes() for name in names)
@@ -374,6 +375,17 @@ def test_our_own_checkpoints_keep_a_hugging_face_tokenizer(world, tmp_path):
     ours, processor = iv3.load_model(tmp_path)
     assert ours.cfg == world.ours.cfg and processor.tokenizer.tokens == world.processor.tokenizer.tokens
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), world.ours.state_dict().values()))
+
+
+def test_the_command_reads_a_hugging_face_checkpoint(world, directory, tmp_path):
+    """`python iv3.py`, where iv3 is also __main__; a mistake in its files is one line."""
+    ask = [sys.executable, iv3.__file__, str(world.folder / "odd.mp4"), "What?", "--max-new", "2", "--model"]
+    done = subprocess.run([*ask, str(directory)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shutil.copytree(directory, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{}")
+    done = subprocess.run([*ask, str(tmp_path / "copy")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_the_agent_runs_on_a_hugging_face_checkpoint(world):
@@ -421,7 +433,7 @@ def test_a_config_of_another_architecture_is_named(part, key, value, named, dire
         del config[part][key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json: {named}"):
-        Config.from_hf(tmp_path)
+        Config.load(tmp_path / "config.json")
 
 
 class Ids:
@@ -433,8 +445,8 @@ class Ids:
 def test_full_size_layouts(name, tmp_path):
     """The config we write, read by both: the names and shapes of transformers' model, and the preset again."""
     cfg = Config.preset(name)
-    (tmp_path / "config.json").write_text(json.dumps(cfg.to_hf(Ids)))
-    assert Config.from_hf(tmp_path) == cfg
+    (tmp_path / "config.json").write_text(json.dumps(iv3.hugging_face().config_for(cfg, Ids)))
+    assert Config.load(tmp_path / "config.json") == cfg
     with torch.device("meta"):
         ours = iv3.InternVideo3(cfg, (1, 2)).state_dict()
         theirs = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(tmp_path)).state_dict()
@@ -503,11 +515,11 @@ def test_the_released_layout(ranks, tmp_path):
     ours(inputs[0][:, :start], inputs[1][..., :start], sample.patches, sample.grids, cache=cache)
     last = [ours(inputs[0][:, i:i + 1], inputs[1][..., i:i + 1], cache=cache) for i in (start, start + 1)]
     torch.testing.assert_close(ours.logits(torch.cat(last, 1)), expected[:, start:], **CLOSE)
-    iv3.save_hf(tmp_path / "ours", ours, processor.tokenizer)
+    iv3.hugging_face().save_hf(tmp_path / "ours", ours, processor.tokenizer)
     files = [safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("hf", "ours")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     limits = {name: getattr(ours.cfg, name) for name in LIMITS}
-    assert replace(Config.from_hf(tmp_path / "ours"), **limits) == ours.cfg
+    assert replace(Config.load(tmp_path / "ours" / "config.json"), **limits) == ours.cfg
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]["kv_lora_rank"] == ranks
     for wrong, named in (([24, 16, 20, 20], "3 pairs of ranks, one per layer; has 16 and 4"),
                          ([24, 24, 12], r"layers.\d.self_attn.kv_.*is \(.*, the config needs \(")):
@@ -519,10 +531,10 @@ def test_the_released_layout(ranks, tmp_path):
 
 def test_the_config_of_the_released_8b(directory, tmp_path):
     """Names and shapes of paper §3.2, and a row of 896 + 128 values; a width that the layer does not have is named."""
-    config = Config.preset("qwen3-vl-8b").to_hf(Ids)
+    config = iv3.hugging_face().config_for(Config.preset("qwen3-vl-8b"), Ids)
     config["text_config"] |= MLA | dict(kv_lora_rank=896, qk_nope_head_dim=128, qk_rope_head_dim=128, v_head_dim=128)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg = Config.from_hf(tmp_path)
+    cfg = Config.load(tmp_path / "config.json")
     assert (cfg.attn, cfg.rope_width, cfg.ranks) == ("released", 128, ((896, 896),) * 36)
     with torch.device("meta"):
         state = iv3.InternVideo3(replace(cfg, layers=3, ranks=cfg.ranks[:3]), (1, 2)).state_dict()
@@ -533,7 +545,7 @@ def test_the_config_of_the_released_8b(directory, tmp_path):
     config["text_config"]["v_head_dim"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="text_config.v_head_dim is 64: must be head_dim, 128"):
-        Config.from_hf(tmp_path)
+        Config.load(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "safetensors"])

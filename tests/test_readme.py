@@ -1,12 +1,15 @@
-"""The README cannot drift from the code: its forks run, its commands parse, its flags exist."""
+"""The README cannot drift from the code: its forks run, its commands parse, its flags exist, its map is true."""
 import argparse
+import importlib
+import inspect
+import json
 import re
 import runpy
 import shlex
 import sys
-from types import SimpleNamespace
 
 import pytest
+from test_agent import ScriptedModel, call, final
 from test_cli import FILES, ROOT
 from test_iv3 import write_video
 
@@ -26,10 +29,9 @@ def fork(tmp_path, monkeypatch):
     """fork(number) → the names that a code block of the section defines, run as an imported file in a new folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    for table in (iv3.PRESETS, mcr_agent.TOOLS):
-        for name in table:
-            monkeypatch.setitem(table, name, table[name])
-    presets, tools, reward = dict(iv3.PRESETS), dict(mcr_agent.TOOLS), evaluation.reward
+    tables = (iv3.PRESETS, iv3.TASK_RULES, mcr_agent.TOOLS, evaluation.TASKS, train.STAGES)
+    kept = [dict(table) for table in tables]
+    reward = evaluation.reward
 
     def run(number):
         names = {"__name__": "fork"}
@@ -37,9 +39,9 @@ def fork(tmp_path, monkeypatch):
         return names
     yield run
     evaluation.reward = reward
-    for table, kept in ((iv3.PRESETS, presets), (mcr_agent.TOOLS, tools)):
+    for table, before in zip(tables, kept):
         table.clear()
-        table.update(kept)
+        table.update(before)
 
 
 def command(monkeypatch, *arguments):
@@ -75,23 +77,75 @@ def test_a_broken_row_of_ones_own_is_named(fork, tmp_path):
         fork(2)["prepare"]("table.csv", "mine.jsonl")
 
 
-def test_another_reward_is_what_rl_sees(fork):
+def test_another_reward_is_what_rl_sees_and_no_filter(fork):
     row = {"task": "grounding", "answer": [2, 4]}
     text, wordy = "From 2 to 4 seconds.", f"{'Well, ' * 10}from 2 to 4 seconds."
     before = evaluation.reward(wordy, row)
     fork(1)
     assert train.evaluation.reward(text, row) == 1
     assert train.evaluation.reward(wordy, row) == pytest.approx(before - 0.01 * (len(wordy) - 40))
+    assert train.evaluation.correct(wordy, row) == before
 
 
-def test_another_tool_is_called(fork, tmp_path):
-    write_video(tmp_path / "clip.mp4", [200] * 8, fps=2)
+def test_another_tool_is_called_charged_and_evidence(fork, tmp_path):
+    write_video(tmp_path / "clip.mp4", [200] * 16, fps=2)
     fork(3)
-    call = mcr_agent.check_call({"name": "brightness", "arguments": {"start": 1, "end": 90}}, 4.0)
-    assert call.arguments == {"start": 1, "end": 4} and "brightness" in mcr_agent.tools_prompt()
-    run = SimpleNamespace(video=str(tmp_path / "clip.mp4"), last="", source="")
-    text = mcr_agent.Rollout.feedback(run, call).text
-    assert abs(int(re.match(r"brightness (\d+) of 255", text)[1]) - 200) < 4 and "(clipped" in text
+    assert "brightness" in mcr_agent.tools_prompt()
+    model = ScriptedModel([call("brightness", start=2, end=90), final("bright", [[2, 4]])], ["support"])
+    result = mcr_agent.run_agent(model, tmp_path / "clip.mp4", "Is it bright?", budget=mcr_agent.Budget(coarse=2))
+    told = result.trace[1]["feedback"]
+    assert abs(int(re.match(r"brightness (\d+) of 255", told)[1]) - 200) < 4 and "(clipped" in told
+    assert result.trace[1]["frames"] == 10 and result.verdict == "support"     # 2 to 8 seconds; two were seen
+
+
+def test_another_stage_trains(fork, tmp_path, monkeypatch):
+    """It learns from right answers alone: here all are, and the loss is of one answer of each group."""
+    table_of(tmp_path)
+    fork(2)["prepare"]("table.csv", "mine.jsonl")
+    fork(0)
+    fork(4)
+    monkeypatch.setattr(evaluation, "correct", lambda text, row: 1.0)
+    command(monkeypatch, "--stage", "rft", "--attn", "gqa", "--init", "runs/mine/base", "--data", "mine.jsonl",
+            "--out", "runs/mine", "--steps", 2, "--packs", 2, "--group", 2)
+    record = json.loads((tmp_path / "runs/mine/rft/stage.json").read_text())
+    assert record["stage"] == "rft" and record["tokens"] > 0 and record["recipe"]["group"] == 2
+
+
+def test_another_benchmark_is_scored(fork, tmp_path):
+    fork(5)
+    row = {"id": "1", "task": "counting", "answer": 3, "messages": [{"role": "assistant", "content": "3"}]}
+    (tmp_path / "counting.jsonl").write_text(json.dumps(row) + "\n")
+    assert iv3.load_rows(tmp_path / "counting.jsonl") == [row]
+    task = evaluation.TASKS["counting"]
+    assert [evaluation.reward(text, row) for text in ("3", "I see 4", "none", None)] == [1, 0.5, 0, 0]
+    score = task.score(["2", None], [row, row], 0)
+    assert (score["near"], score["missing"], score["unparsed"]) == (0.25, 1, 1)
+    assert evaluation.baselines([row], [])["count"] == 0.5
+
+
+# ---- the map of the paper -------------------------------------------------------------------------------------------
+
+MAP = README.partition("## Where the paper is in the code")[2].partition("\n## ")[0]
+PLACES = []                                              # (what must be said there, file, name)
+for paper, code in re.findall(r"^\| (.*§.*?) \| (.*) \|$", MAP, re.M):
+    for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?: \(\d\))?(?:, )?)+)", code):
+        for name, equation in re.findall(r"`([\w.]+)`(?: \((\d)\))?", names):
+            PLACES += [(section, file, name) for section in re.findall(r"§\d(?:\.\d+)*", paper)]
+            PLACES += [(f"Eq. {equation}", file, name)] if equation else []
+
+
+@pytest.mark.parametrize("said, file, name", PLACES)
+def test_the_map_is_true(said, file, name):
+    """Each § and equation of the map stands in the text of the function or class that it names."""
+    place = iv3.load_file(file) if "/" in file else importlib.import_module(file.removesuffix(".py"))
+    for part in name.split("."):
+        place = getattr(place, part)
+    assert said in inspect.getsource(place)
+
+
+def test_the_map_has_every_equation_and_part_of_the_method():
+    said = {place[0] for place in PLACES}
+    assert {f"Eq. {i}" for i in range(1, 6)} | {"§3.1", "§3.2.1", "§3.2.2", "§3.2.3", "§3.3", "§3.4", "§4.2.1"} <= said
 
 
 class Parsed(Exception):
@@ -126,12 +180,16 @@ def test_a_command_parses(file, arguments, parse):
     parse(file, shlex.split(arguments))
 
 
+NEEDED = {"data/toy/prepare.py": "--out x", "data/toy/pretrain.py": "--out x", "data/curate/prepare.py": "x --out x",
+          "iv3.py": "v q", "extras/report.py": "x", "extras/memory.py": "tiny", "extras/show_samples.py": "1",
+          "extras/remote_agent.py": "--url x --api-model x"}     # else a command says only what it lacks
+
+
 def test_flags_in_the_text_exist(parse):
-    assert len(COMMANDS) > 20 and {file for file, _ in COMMANDS} == {*FILES} - {"data/toy/pretrain.py"}
+    assert len(COMMANDS) > 18 and {file for file, _ in COMMANDS} <= {*FILES}
     flags = {"--nproc_per_node", "--index-url"}
     for file in FILES:
-        arguments = {"data/toy/prepare.py": "--out x", "data/toy/pretrain.py": "--out x", "data/curate/prepare.py":
-                     "x --out x"}.get(file, "--annotations x --media x --out x" if file.startswith("data/") else "")
+        arguments = NEEDED.get(file, "--annotations x --media x --out x" if file.startswith("data/") else "")
         flags |= parse(file, arguments.split())._option_string_actions.keys()
     named = {flag for code in INLINE for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]*", code)}
     assert named and sorted(named - flags) == []

@@ -96,9 +96,9 @@ def check_export(attn, model, processor, directory, world):
     """transformers reads the GQA model; the released layout is read back by us; ours of M²LA has no place in theirs."""
     if attn == "m2la":
         with pytest.raises(UserError, match="fold"):
-            iv3.save_hf(directory, model, processor.tokenizer)
+            iv3.hugging_face().save_hf(directory, model, processor.tokenizer)
         return
-    iv3.save_hf(directory, model, processor.tokenizer)
+    iv3.hugging_face().save_hf(directory, model, processor.tokenizer)
     sample = processor.encode([user("What colour?")])
     again = theirs_of(directory)[0] if attn == "gqa" else iv3.load_model(directory)[0]
     expected = model.logits(model(sample.ids[None], sample.positions[:, None]))
@@ -125,7 +125,7 @@ def test_what_stops_a_conversion(flags, named, command, world, tmp_path, monkeyp
 
 
 def test_a_large_model_gets_the_papers_rates():
-    flags = "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new", "data", "kl", "without"
+    flags = {*train.OVERRIDES, "data", "without"} - {"steps"}
     args = SimpleNamespace(**dict.fromkeys(flags), steps=5)
     small, large = (train.recipe_of("sft_short", args, n) for n in (2e6, 2e9))
     assert (small.tokens, train.recipe_of("rl", args, 6.5e7).tokens) == (1536, 16_384)          # tiny, small

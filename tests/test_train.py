@@ -21,7 +21,7 @@ import iv3
 import train
 from iv3 import Config, Encoded, Processor, Tokenizer, UserError
 from m2la import Blocks
-from train import Data, Recipe, Trainer
+from train import Data, Drawn, Group, Job, Recipe, Stage, Trainer
 
 SCRIPT = Path(__file__).parents[1] / "data" / "toy" / "prepare.py"
 
@@ -80,10 +80,10 @@ def groups_of(toy, processor, kind):
     """Two packs' worth of rows: [(rows, root), …], the packs of different length."""
     name, pick = {"text": ("cpt_text.jsonl", list), "image": ("cpt_image.jsonl", list),
                   "video": ("sft_short.jsonl", list), "rollouts": ("sft_agent.jsonl", views)}[kind]
-    (root, groups), = data_of(toy, processor, name).groups
-    picked = [(pick(g)[:n], root) for g, n in zip([g for g in groups if pick(g)], (5, 3, 4))]
+    source, = data_of(toy, processor, name).sources
+    picked = [(pick(g)[:n], source.root) for g, n in zip([g for g in source.clips if pick(g)], (5, 3, 4))]
     if kind == "text":
-        picked = [(groups[0][:3], root), (groups[0][3:5], root)]
+        picked = [(source.clips[0][:3], source.root), (source.clips[0][3:5], source.root)]
     assert all(rows for rows, _ in picked) and len(picked) > 1
     return picked
 
@@ -109,7 +109,7 @@ def test_packed_loss_equals_that_of_separate_samples(kind, block, model, toy, pr
         packs.append(data.pack(rows, samples, root))
         separate += [alone(model, s) for s in samples]
     batch = train.collate_packs(packs)
-    logits, token, sample = train.answer_logits(model, batch)
+    logits, token, sample = train.answer_forward(model, batch)
     assert torch.equal(torch.bincount(sample), torch.tensor([len(ids) for _, ids in separate]))
     for i, (expected, ids) in enumerate(separate):
         assert torch.equal(token[sample == i], ids)
@@ -130,7 +130,7 @@ def test_answers_to_one_question_share_it(block, model, toy, processor, monkeypa
         packs.append(data.pack(rows[:2], samples, root, group=3))
         assert packs[-1].count == 6 and len(packs[-1].ids) < len(data.pack(rows[:2], samples, root).ids)
         separate += [alone(model, s) for s in samples]
-    logits, token, sample = train.answer_logits(model, train.collate_packs(packs))
+    logits, token, sample = train.answer_forward(model, train.collate_packs(packs))
     for i, (expected, ids) in enumerate(separate):
         assert torch.equal(token[sample == i], ids)
         torch.testing.assert_close(logits[sample == i], expected, atol=1e-4, rtol=1e-4)
@@ -157,7 +157,7 @@ def test_branches_do_not_see_each_other(model, toy, processor):
     changed = replace(pack, ids=pack.ids.clone(), patches=pack.patches.clone())
     changed.ids[(pack.branch == 2) & pack.answer] = 70
     changed.patches[first:first + 4 * int(own.sum())] += 77
-    before, after = (train.answer_logits(model, train.collate_packs([p])) for p in (pack, changed))
+    before, after = (train.answer_forward(model, train.collate_packs([p])) for p in (pack, changed))
     for i in range(3):
         same = torch.allclose(before[0][before[2] == i], after[0][after[2] == i], atol=1e-5)
         assert same == (i != 1), f"conversation {i}"
@@ -170,7 +170,7 @@ def test_conversations_that_differ_before_their_video_can_share_a_pack(model, to
     rows = [rows[0], {**rows[1], "messages": [{"role": "system", "content": "You look."}, *rows[1]["messages"]]}]
     data = data_of(toy, processor, "sft_short.jsonl")
     samples = data.encode(rows, root)
-    logits, token, sample = train.answer_logits(model, train.collate_packs([data.pack(rows, samples, root)]))
+    logits, token, sample = train.answer_forward(model, train.collate_packs([data.pack(rows, samples, root)]))
     for i, s in enumerate(samples):
         torch.testing.assert_close(logits[sample == i], alone(model, s)[0], atol=1e-4, rtol=1e-4)
 
@@ -311,12 +311,12 @@ def test_packs_are_rows_about_one_video_in_the_shares_of_the_mix(toy, processor)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_a_step_evenly(processes, monkeypatch):
     """Together they have every pack once; the largest load is no more than one pack above the smallest."""
-    packs, parts = [([{"messages": "x" * n}], ".") for n in (900, 10, 5) * 4], []
-    assert Data.share(packs) == packs
+    packs, parts = [Drawn([{"messages": "x" * n}], ".") for n in (900, 10, 5) * 4], []
+    assert train.own_part(packs) == packs
     monkeypatch.setattr(train, "world", lambda: processes)
     for number in range(processes):
         monkeypatch.setattr(train, "rank", lambda number=number: number)
-        parts.append(Data.share(packs))
+        parts.append(train.own_part(packs))
     assert sorted(map(str, sum(parts, []))) == sorted(map(str, packs))
     loads = [sum(len(row["messages"]) for rows, _ in part for row in rows) for part in parts]
     assert max(loads) - min(loads) <= 900 and (processes == 3 or max(loads) - min(loads) < 30)     # not by strides
@@ -325,7 +325,7 @@ def test_processes_share_a_step_evenly(processes, monkeypatch):
 def test_max_frames_caps_each_video_of_the_stage(toy, processor):
     few, fast, whole = (train.Data(toy, MIX, processor, 0, "sft_long", 1, *how) for how in ((None, 8), (4.0,), ()))
     (row, *_), root = max(few.step(0, 6, 1), key=lambda drawn: drawn[0][0]["duration"])
-    rows = [row, *(next(r for _, groups in data.groups for rows in groups for r in rows if r["id"] == row["id"])
+    rows = [row, *(next(r for source in data.sources for rows in source.clips for r in rows if r["id"] == row["id"])
                    for data in (fast, whole))]
     seconds = int(row["duration"])
     assert [processor.encode(r["messages"], root).frames for r in rows] == [8, 4 * seconds, 2 * seconds]
@@ -347,8 +347,8 @@ def test_rows_without_media_count_by_eights_wherever_they_stand(toy, processor, 
     for order in (lambda i: i, lambda i: -i, lambda i: i % 20):
         texts_and_pictures(toy, tmp_path, order)
         data = data_of(tmp_path, processor, "d.jsonl")
-        (_, groups), = data.groups
-        sizes.append(sorted(len(rows) for rows in groups if not train.first_media(rows[0])))
+        source, = data.sources
+        sizes.append(sorted(len(rows) for rows in source.clips if not train.first_media(rows[0])))
     assert sizes == [[4, 8, 8]] * 3
     drawn = [rows for n in range(40) for rows, _ in data.step(n, 4, 8)]
     assert {bool(train.first_media(row)) for rows in drawn for row in rows} == {True, False}
@@ -358,7 +358,7 @@ def test_rows_without_media_count_by_eights_wherever_they_stand(toy, processor, 
     data = data_of(tmp_path, processor, "d.jsonl")
     assert 16 <= sum(len(rows) for rows, _ in train.pool_of(data, 16, 0)) < 24
     (held, _), = data.hold_out()
-    assert len(held) in (4, 8) and len(held) + sum(map(len, data.groups[0][1])) == 60
+    assert len(held) in (4, 8) and len(held) + sum(map(len, data.sources[0].clips)) == 60
 
 
 def test_a_held_out_video_is_not_trained_on_in_parts_either(toy, processor, tmp_path):
@@ -372,7 +372,7 @@ def test_a_held_out_video_is_not_trained_on_in_parts_either(toy, processor, tmp_
     (tmp_path / "d.jsonl").write_text("".join(lines))
     data = data_of(tmp_path, processor, "d.jsonl")
     (held, _), = data.hold_out(0.3)
-    kept = [row for group in data.groups[0][1] for row in group]
+    kept = [row for rows in data.sources[0].clips for row in rows]
     clips = [{train.first_media(row)["video"] for row in some} for some in (held, kept)]
     assert clips[0] and clips[1] and not clips[0] & clips[1] and len(held) + len(kept) == 60
 
@@ -380,19 +380,18 @@ def test_a_held_out_video_is_not_trained_on_in_parts_either(toy, processor, tmp_
 def test_a_file_of_the_current_folder_is_not_taken_for_the_recipes(toy, processor, tmp_path, monkeypatch):
     (tmp_path / "rl.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert data_of(toy, processor, "rl.jsonl").groups
+    assert data_of(toy, processor, "rl.jsonl").sources
 
 
 def test_without_leaves_files_out_of_the_mix():
-    flags = "steps", "lr", "muon", "packs", "branches", "tokens", "max_frames", "max_new", "kl", "data"
-    args = SimpleNamespace(**dict.fromkeys(flags), without=["sft_long.jsonl"])
+    args = SimpleNamespace(**dict.fromkeys(train.OVERRIDES), data=None, without=["sft_long.jsonl"])
     left = train.recipe_of("sft_long", args, 10 ** 6).mix
     args.lr = 1e-4
-    slow, whole = train.recipe_of("sft_long", args, 10 ** 6), train.TINY["sft_long"]
+    slow, whole = train.recipe_of("sft_long", args, 10 ** 6), train.STAGES["sft_long"].recipe
     assert slow.lr == 1e-4 and slow.lr_min / slow.lr == pytest.approx(whole.lr_min / whole.lr)
     large = train.recipe_of("sft_long", args, 2 * 10 ** 9)
     assert (large.tokens, large.fps, large.max_frames) == (train.SMALL["tokens"], 4.0, 2048)
-    assert left == {name: share for name, share in train.TINY["sft_long"].mix.items() if name != "sft_long.jsonl"}
+    assert left == {name: share for name, share in whole.mix.items() if name != "sft_long.jsonl"}
     with pytest.raises(UserError, match="--without sft_long.jsonl: cpt has cpt_text.jsonl, cpt_image.jsonl"):
         train.recipe_of("cpt", args, 10 ** 6)
 
@@ -429,7 +428,8 @@ def test_unreadable_videos_are_skipped_and_counted(tiny, tokenizer, toy, process
 
 def arguments(out, **changes):
     flags = dict(out=out, seed=0, device="cpu", freeze=[], save_every=-1, workers=0, eval_every=0, checkpointing=False,
-                 fsdp=False, teacher=None, attn="gqa", **dict.fromkeys(train.OVERRIDES))
+                 fsdp=False, teacher=None, teacher_device=None, data_dir=out, attn="gqa",
+                 **dict.fromkeys(train.OVERRIDES))
     return SimpleNamespace(**{**flags, **changes})
 
 
@@ -442,7 +442,7 @@ def trainer_of(out, tiny, tokenizer, stage="sft_short", args=None, **changes):
 
 @torch.no_grad()
 def mean_loss(trainer, batches):
-    return float(sum(loss_of(batch) * share for batch, loss_of, share in trainer.supervised(batches)))
+    return float(sum(loss_of(batch) * share for batch, loss_of, share in train.supervised_jobs(trainer, batches)))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "square"])
@@ -453,7 +453,7 @@ def test_accumulated_gradients_are_those_of_one_batch(reduction, tiny, tokenizer
     packs = [data.pack(*d) for d in drawn]
     results = []
     for limit in (10 ** 6, 1):
-        jobs = trainer.supervised(train.micro_batches(packs, limit))
+        jobs = train.supervised_jobs(trainer, train.micro_batches(packs, limit))
         loss = sum(loss_of(batch) * weight for batch, loss_of, weight in jobs)
         loss.backward()
         results.append((len(jobs), loss.item(), torch.cat([p.grad.flatten() for p in trainer.parameters])))
@@ -466,7 +466,7 @@ def test_training_lowers_the_loss_and_leaves_frozen_parts(tiny, tokenizer, proce
     trainer = trainer_of(tmp_path, tiny, tokenizer, freeze=("vision",), warmup=0.0)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     batches = data_of(toy, processor, "sft_short.jsonl").batches(0, trainer.recipe)
-    losses = [trainer.update(trainer.supervised(batches)) for _ in range(12)]
+    losses = [trainer.update(train.supervised_jobs(trainer, batches)) for _ in range(12)]
     assert losses[-1] < 0.6 * losses[0]
     moved = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
     frozen = {k for k in before if k.startswith(("visual.blocks", "visual.patch_embed", "visual.pos_embed"))}
@@ -498,7 +498,7 @@ def test_bf16_leaves_log_probs_weights_and_optimizer_in_fp32(tiny, tokenizer, pr
     with torch.no_grad(), trainer.autocast():
         hidden = trainer.model(*(batch[k] for k in ("ids", "positions", "patches", "grids")), mask=batch["mask"])
         logp, _ = train.token_logp(trainer.model, batch)
-        logits, token, _ = train.answer_logits(trainer.model, batch)
+        logits, token, _ = train.answer_forward(trainer.model, batch)
         kl = train.reverse_kl(logits, logits.flip(-1))
         assert trainer.model.logits(hidden).dtype == torch.bfloat16          # autocast is on
     table = trainer.model.language_model.embed_tokens.weight.double()
@@ -506,7 +506,7 @@ def test_bf16_leaves_log_probs_weights_and_optimizer_in_fp32(tiny, tokenizer, pr
     torch.testing.assert_close(logp.double(), exact.gather(1, token[:, None])[:, 0], atol=1e-5, rtol=0)
     expected = (exact.exp() * (exact - exact.flip(-1))).sum(-1)
     torch.testing.assert_close(kl.double(), expected, atol=1e-5, rtol=1e-5)
-    assert math.isfinite(trainer.update(trainer.supervised([batch])))
+    assert math.isfinite(trainer.update(train.supervised_jobs(trainer, [batch])))
     state = [v for o in trainer.optimizers for held in o.state.values() for v in held.values()]
     assert len(state) > 10 and {t.dtype for t in [*trainer.parameters, *state]} == {torch.float32}
 
@@ -520,14 +520,10 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(tiny, tokenizer, tmp_pa
 
 def run(stage, out, tiny, processor, toy, teacher=None, args=None, **changes):
     lr = 1e-4 if stage == "rl" else 1e-3                      # at 1e-3 a random policy soon has one answer for all
+    args = args or arguments(out, teacher=teacher)
     trainer = trainer_of(out, tiny, processor.tokenizer, stage, args, lr=lr, packs=3, **changes)
     data = data_of(toy, processor, {"cpt_video.jsonl": 1.0} if stage == "cpt" else {"rl.jsonl": 1.0}, stage=stage)
-    if stage == "rl":
-        train.train_rl(trainer, data)
-    elif stage == "opd":
-        train.train_opd(trainer, data, teacher)
-    else:
-        train.train_supervised(trainer, data)
+    train.STAGES[stage].train(trainer, data)
     return trainer
 
 
@@ -537,6 +533,7 @@ def stub_reward(monkeypatch):
     def reward(text, row):
         return zlib.crc32(f"{text}{row['id']}".encode()) % 64 / 100
     monkeypatch.setattr(train.evaluation, "reward", reward)
+    monkeypatch.setattr(train.evaluation, "correct", reward)
 
 
 @pytest.mark.parametrize("stage", ["cpt", "rl", "opd"])
@@ -549,7 +546,11 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, tiny, tokenizer, processor, toy
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(stage, whole, tiny, processor, toy, tmp_path / "teacher", steps=5)
     assert not (whole / stage / "state.pt").exists()
-    save, update, calls = Trainer._save_state, Trainer.update, []
+    save, update, calls = train.save_state, Trainer.update, []
+
+    def save_once(trainer, progress):
+        if progress.step == 2:
+            save(trainer, progress)
 
     def dies(self, jobs):
         calls.append(len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0)
@@ -558,7 +559,7 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, tiny, tokenizer, processor, toy
         return update(self, jobs)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", dies)
-        patch.setattr(Trainer, "_save_state", lambda self, step, *rest: save(self, step, *rest) if step == 2 else None)
+        patch.setattr(train, "save_state", save_once)
         with pytest.raises(KeyboardInterrupt):
             run(stage, killed, tiny, processor, toy, tmp_path / "teacher", steps=5)
     assert not (killed / stage / "config.json").exists()                     # an unfinished stage is no checkpoint
@@ -632,7 +633,7 @@ def test_recomputed_activations_change_no_gradient(kind, tiny, tokenizer, proces
         def keep(t, held=bytes_kept):
             held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
-        (batch, loss_of, _), = trainer.supervised(batches)
+        (batch, loss_of, _), = train.supervised_jobs(trainer, batches)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss = loss_of(batch)
         loss.backward()
@@ -651,7 +652,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(kind, tiny, tokeni
     square = torch.ones_like(batch["mask"].mask)
     batch["mask"] = Blocks(square, [(0, square.shape[-1], 0, 0)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        train.answer_logits(model, batch)
+        train.answer_forward(model, batch)
     padding = model.cfg.rope_width * tiny.heads * tiny.layers * int(square.sum())
     assert train.train_flops(model, batch) == pytest.approx(3 * (counter.get_total_flops() - 2 * padding), rel=0.001)
 
@@ -770,7 +771,8 @@ def test_a_stage_trained_again_forgets_its_scores_and_those_after_it_are_stale(t
 
 
 def test_a_base_that_was_replaced_is_converted_again(tiny, tokenizer, tmp_path):
-    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, max_frames=None)
+    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, max_frames=None,
+                           packs=None)
     iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer), tokenizer)
     (tmp_path / "convert").mkdir()
     record = {"cache_ratio": 0.5, **train.converted_as(tmp_path / "base", args)}
@@ -778,7 +780,10 @@ def test_a_base_that_was_replaced_is_converted_again(tiny, tokenizer, tmp_path):
     assert train.start_of("cpt", args) == tmp_path / "convert"
     args.data = [tmp_path / "mine.jsonl"]
     assert train.start_of("cpt", args) == tmp_path / "base"
-    args.data = None
+    args.data, args.packs = None, 4                          # other packs to calibrate on
+    assert train.start_of("cpt", args) == tmp_path / "base"
+    args.packs = None
+    assert train.start_of("cpt", args) == tmp_path / "convert"
     iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer, seed=1), tokenizer)
     assert train.start_of("cpt", args) == tmp_path / "base"
 
@@ -797,7 +802,7 @@ def test_rows_that_share_an_id_are_refused_by_a_filter(tiny, processor, toy, tmp
 def test_other_settings_do_not_resume_a_run(tiny, tokenizer, toy, tmp_path):
     trainer = trainer_of(tmp_path, tiny, tokenizer)
     trainer.directory.mkdir()
-    trainer._save_state(2, 100, 0)
+    train.save_state(trainer, train.Progress(2, 100, 0))
     with pytest.raises(UserError, match="state.pt: was written with other settings"):
         trainer_of(tmp_path, tiny, tokenizer, packs=3).fit(lambda step: None)
 
@@ -810,7 +815,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage(tiny, tokenizer, tmp_path):
 
 def test_rl_counts_groups_without_spread(tiny, processor, toy, tmp_path, monkeypatch):
     """All rewards equal: no advantage, no gradient, weights stay."""
-    monkeypatch.setattr(train.evaluation, "reward", lambda text, row: 0.5)
+    for name in ("reward", "correct"):
+        monkeypatch.setattr(train.evaluation, name, lambda text, row: 0.5)
     monkeypatch.setattr(train.evaluation, "well_formed", lambda text, row: 1.0)
     trainer = run("rl", tmp_path, tiny, processor, toy)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
@@ -820,7 +826,7 @@ def test_rl_counts_groups_without_spread(tiny, processor, toy, tmp_path, monkeyp
 
 
 def test_a_filter_that_keeps_nothing_says_so(tiny, processor, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.evaluation, "reward", lambda text, row: 0.0)
+    monkeypatch.setattr(train.evaluation, "correct", lambda text, row: 0.0)
     with pytest.raises(UserError, match="rl: the data filter kept none of"):
         run("rl", tmp_path, tiny, processor, toy)
 
@@ -834,12 +840,12 @@ def test_a_filter_passes_over_what_cannot_be_read_and_files_without_rows(tiny, p
     (tmp_path / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
     data = data_of(toy, processor, {str(tmp_path / "lost.jsonl"): 0.9, "rl.jsonl": 0.1}, stage="rl")
     monkeypatch.setattr(train, "pool_of", lambda data, *_: [  # eight together that have no video
-        (rows, root) for root, groups in data.groups for rows in groups])
+        Drawn(rows, source.root) for source in data.sources for rows in source.clips])
     trainer = trainer_of(tmp_path, tiny, processor.tokenizer, "rl", packs=3, steps=1, lr=1e-4)
     train.train_rl(trainer, data)
     kept = json.loads((tmp_path / "rl" / "kept.json").read_text())
     assert 0 < len(kept["keep"]) <= kept["looked_at"] == len(good) and sum(data.skipped.values()) >= 8
-    assert [root for root, _ in data.groups] == [toy] and len(data.shares) == 1
+    assert [source.root for source in data.sources] == [toy]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tiny, tokenizer, processor, toy, tmp_path):
@@ -854,11 +860,12 @@ def test_opd_replays_sft_data_beside(tiny, processor, toy, tmp_path, monkeypatch
     monkeypatch.setattr(train, "keep_rows", lambda trainer, data, rule: None)
     iv3.save_model(tmp_path / "teacher", random_model(tiny, processor.tokenizer), processor.tokenizer)
     replay, losses = data_of(toy, processor, "cpt_text.jsonl"), []
-    for old in (None, replay):
-        out = tmp_path / str(old is None)
-        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", packs=2, replay={"cpt_text.jsonl": 2})
+    for old in ({}, {"cpt_text.jsonl": 2}):
+        out = tmp_path / str(len(old))
+        args = arguments(out, teacher=tmp_path / "teacher", data_dir=toy)
+        trainer = trainer_of(out, tiny, processor.tokenizer, "opd", args, packs=2, replay=old)
         before = mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4)))
-        train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"), tmp_path / "teacher", old)
+        train.train_opd(trainer, data_of(toy, processor, "opd.jsonl", stage="opd"))
         losses.append(before - mean_loss(trainer, replay.batches(9, replace(trainer.recipe, packs=4))))
     assert losses[1] > 1 and losses[1] > 3 * abs(losses[0]), losses          # without: AdamW enlarges rounding noise
 
@@ -869,10 +876,12 @@ def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeyp
         ids = tokenizer.encode(text)
         return sum(i % 2 == 0 for i in ids) / max(1, len(ids))
     monkeypatch.setattr(train.evaluation, "reward", reward)
+    monkeypatch.setattr(train.evaluation, "correct", reward)
     trainer = trainer_of(tmp_path, tiny, tokenizer, "rl", steps=8, clip=(0.2, 0.2), kl=0.0, pool=12, warmup=0.0,
                          format=0.0)
     data = data_of(toy, processor, "rl.jsonl", stage="rl")
-    data.groups = [(root, [[{**r, "task": "mcq"} for r in rows] for rows in groups]) for root, groups in data.groups]
+    for source in data.sources:
+        source.clips = [[{**row, "task": "mcq"} for row in rows] for rows in source.clips]
     train.train_rl(trainer, data)
     rewards = [json.loads(x)["reward"] for x in (tmp_path / "metrics.jsonl").open()]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.05
@@ -881,6 +890,158 @@ def test_rl_raises_the_reward(tiny, tokenizer, processor, toy, tmp_path, monkeyp
 def test_a_well_formed_answer_earns_the_bonus(tokenizer):
     rows = [{"task": "mcq", "options": ["red", "blue"], "answer": "A"}, {"task": "grounding", "answer": [1.0, 3.0]}]
     texts = ["red", "blue", "green", "From 1.0 to 2.0 seconds.", "From 2.0 to 1.0 seconds.", "no idea"]
-    outs = [SimpleNamespace(text=lambda _, text=text: text) for text in texts]
-    assert train.rewards_of(tokenizer, rows, outs) == [1, 0, 0, 0.5, 0, 0]
-    assert train.rewards_of(tokenizer, rows, outs, 0.1) == [1.1, 0.1, 0, 0.6, 0, 0]
+    groups = [Group(row, None, None, [said(text) for text in three])
+              for row, three in zip(rows, (texts[:3], texts[3:]))]
+    assert train.rewards_of(tokenizer, groups) == [1, 0, 0, 0.5, 0, 0]
+    assert train.rewards_of(tokenizer, groups, 0.1) == [1.1, 0.1, 0, 0.6, 0, 0]
+
+
+def said(text):
+    """A generation that reads so."""
+    return SimpleNamespace(text=lambda tokenizer: text, ids=[0])
+
+
+# ---------------------------------------------------------------------------------------------------- what forks change
+
+def test_a_prompt_within_reach():
+    """§4: IoU in [0.1, 0.7]; multiple choice both right and wrong."""
+    span, letter = {"task": "grounding"}, {"task": "mcq"}
+    assert [train.within_reach(span, scores) for scores in ([0.1] * 4, [0, 0, 0, 0.3], [0.6, 0.8], [0.9, 0.6])] == [
+        True, False, True, False]
+    assert [train.within_reach(letter, scores) for scores in ([0] * 4, [1] * 4, [1, 0, 0, 0], [1, 1, 1, 0])] == [
+        False, False, True, True]
+
+
+@pytest.mark.parametrize("stage", ["rl", "opd"])
+def test_a_reward_with_a_penalty_changes_no_verdict_of_the_filters(stage, tiny, processor, toy, tmp_path, monkeypatch):
+    """All answers right, the policy's long ones punished: nothing is to be learned, though their mean reward is between
+    0 and 1 and the teacher's greater. Half of them wrong: kept."""
+    evaluation = train.evaluation
+    data = data_of(toy, processor, "rl.jsonl", stage=stage)
+    data.keep(lambda row: row["task"] == "mcq")
+    trainer = trainer_of(tmp_path, tiny, processor.tokenizer, stage)
+    monkeypatch.setattr(evaluation, "correct", lambda text, row: float(text != "wrong"))
+    monkeypatch.setattr(evaluation, "reward", lambda text, row: evaluation.correct(text, row) - 0.3 * (len(text) > 5))
+    teacher, answers = object(), {}
+
+    def rollout(trainer, data, drawn, samples, number, temperature, model=None):
+        return [Group(row, root, None, [said(text) for text in answers[model][:samples]])
+                for rows, root in drawn for row in rows]
+    monkeypatch.setattr(train, "rollout", rollout)
+
+    def kept():
+        found = train.rl_filter(trainer, data) if stage == "rl" else train.opd_filter(trainer, data, teacher)
+        assert found["looked_at"] > 10
+        return len(found["keep"])
+    answers |= {None: ["right, long"] * 4, teacher: ["right"] * 4}
+    assert kept() == 0
+    answers |= {None: ["wrong", "right"] * 2}
+    assert kept() > 10
+
+
+def test_the_flags_of_rl_reach_the_recipe(monkeypatch):
+    args = train.parser_of("").parse_args("--stage rl --group 4 --clip 0.1 0.2 --kl 0 --temperature 0.7 --updates 3 "
+                                          "--format 0.2 --pool 99 --kl-form sampled".split())
+    assert train.check(args) == "rl"
+    recipe = train.recipe_of("rl", args, 10 ** 6)
+    assert (recipe.group, recipe.clip, recipe.kl, recipe.temperature) == (4, (0.1, 0.2), 0.0, 0.7)
+    assert (recipe.updates, recipe.format, recipe.pool, recipe.kl_form) == (3, 0.2, 99, "sampled")
+    assert train.recipe_of("rl", train.parser_of("").parse_args([]), 10 ** 6) == train.STAGES["rl"].recipe
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--group 1", "--group 1: must be at least 2"), ("--updates 0", "--updates 0"), ("--pool 0", "--pool 0"),
+    ("--kl -1", "--kl -1.0"), ("--format -1", "--format -1.0"),
+    ("--temperature 0", "--temperature 0.0: must be above 0"),
+    ("--clip 1 2", "--clip 1.0 2.0: must be above 0"), ("--clip 0.1 0", "--clip 0.1 0.0")])
+def test_flags_that_make_no_sense(flags, said):
+    with pytest.raises(UserError, match=said.replace("(", "[(]")):
+        train.check(train.parser_of("").parse_args(["--stage", "rl", *flags.split()]))
+
+
+def test_a_preset_decides_the_side_of_the_frames(monkeypatch):
+    monkeypatch.setitem(iv3.PRESETS, "mine", dict(pos_side=4))
+    monkeypatch.setitem(iv3.PRESETS, "odd", dict(pos_side=3))
+    assert [train.frame_side(name) for name in ("tiny", "small", "mine")] == [32, 224, 64]
+    assert train.parser_of("").parse_args(["--preset", "mine"]).preset == "mine"
+    with pytest.raises(UserError, match="--preset odd: .* frames of 48 pixels .* draws 32, 64"):
+        train.frame_side("odd")
+
+
+@pytest.mark.parametrize("given, drawn", [(None, 32), (3, 3)])
+def test_packs_hold_in_the_conversion_too(given, drawn, tiny, tokenizer, processor, toy, monkeypatch):
+    asked = []
+
+    class Enough(Exception):
+        pass
+
+    def batches(step, recipe):
+        asked.append(recipe.packs)
+        raise Enough
+    data = data_of(toy, processor, "cpt_video.jsonl")
+    data.batches = batches
+    args = SimpleNamespace(attn="m2la", cache_share=0.5, packs=given, device="cpu")
+    with pytest.raises(Enough):
+        train.convert(random_model(tiny, tokenizer), data, args)
+    assert asked == [drawn]
+
+
+# A stage as a fork adds one: direct preference optimization (Rafailov et al., 2023), right options against wrong ones.
+
+def dpo_step(trainer, data, reference, step):
+    """L = − mean log σ( β [ (log π − log π_ref)(right) − (log π − log π_ref)(wrong) ] )"""
+    packs = []
+    for rows, root in data.step(step, trainer.recipe.packs, trainer.recipe.branches):
+        prompts = data.encode([{**row, "messages": row["messages"][:-1]} for row in rows], root, generation=True)
+        groups = []
+        for row, prompt in zip(rows, prompts):
+            right = ord(row["answer"]) - 65
+            pair = row["options"][right], row["options"][right - 1]
+            answers = [SimpleNamespace(ids=trainer.tokenizer.encode(f"{text}<|im_end|>")) for text in pair]
+            groups.append(Group(row, root, prompt, answers))
+        packs += train.answer_packs(data, groups)
+    batches = train.micro_batches(packs, trainer.recipe.tokens)
+    margins = []
+
+    def loss_of(batch):
+        logp, sample = train.token_logp(trainer.model, batch)
+        with torch.no_grad():
+            ref, _ = train.token_logp(reference, batch)
+        ratio = torch.zeros(train.count_of(batch)).index_add(0, sample, logp - ref).view(-1, 2)
+        margin = ratio[:, 0] - ratio[:, 1]
+        margins.append(float(margin.detach().mean()))
+        return -F.logsigmoid(0.1 * margin).mean()
+    total = sum(train.count_of(batch) for batch in batches)
+    jobs = [Job(batch, loss_of, train.count_of(batch) / total) for batch in batches]
+    return {"loss": trainer.update(jobs), "tokens": train.tokens_of(batches), "margin": float(np.mean(margins))}
+
+
+def train_dpo(trainer, data):
+    data.keep(lambda row: row["task"] == "mcq")
+    reference = random_model(trainer.model.cfg, trainer.tokenizer)
+    reference.load_state_dict(trainer.model.state_dict())
+    trainer.fit(lambda step: dpo_step(trainer, data, reference, step))
+
+
+def test_a_stage_of_a_fork_is_one_entry(tiny, tokenizer, toy, tmp_path, monkeypatch, capsys):
+    """It is trained by --stage, starts from the stage before it, its flags are checked, and the next stage finds it."""
+    recipe = Recipe({"rl.jsonl": 1.0}, steps=9, lr=1e-3, packs=2)
+    monkeypatch.setitem(train.STAGES, "dpo", Stage(after="sft_long", recipe=recipe, train=train_dpo))
+    monkeypatch.setitem(train.STAGES, "more", Stage(after="dpo", recipe=recipe, train=train.train_supervised))
+    iv3.save_model(tmp_path / "sft_long", random_model(tiny, tokenizer), tokenizer)
+
+    def command(*flags):
+        monkeypatch.setattr(sys, "argv", ["mine.py", "--out", str(tmp_path), "--data-dir", str(toy), "--attn", "gqa",
+                                          "--jobs", "1", "--device", "cpu", *flags])
+        train.main()
+    with pytest.raises(UserError, match="has no finished 'dpo' for 'more'"):
+        command("--stage", "more")
+    command("--stage", "dpo", "--steps", "3", "--packs", "1")
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+    assert [(x["stage"], x["step"]) for x in lines] == [("dpo", 0), ("dpo", 1), ("dpo", 2)]
+    assert lines[0]["margin"] == 0 and lines[0]["loss"] == pytest.approx(math.log(2)) and lines[2]["margin"] != 0
+    assert json.loads((tmp_path / "dpo" / "stage.json").read_text())["inherits"] == str(tmp_path / "sft_long")
+    command("--stage", "more", "--steps", "1")
+    assert f"more: starts from {tmp_path / 'dpo'} (gqa" in capsys.readouterr().out
+    assert iv3.find_model(tmp_path / "dpo") == tmp_path / "dpo" and train.CHAIN == ("cpt", "sft_short", "sft_long",
+                                                                                     "rl", "opd")

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import Pool
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import av
 import numpy as np
 from tqdm import tqdm
@@ -72,12 +74,6 @@ TEXT = dict(
     saw_speech="the word is {word}.", think_fact="knowledge: look at {t} seconds, then search.",
     then_fact="knowledge: the shape is a {object}.", saw_fact="the {object} eats {food}.",
     think_seen="temporal: check {t} seconds.", saw_seen="{scene}.")
-TOOLS = {"view": ("start", "end", "fps"), "asr": ("start", "end"), "web_search": ("query",), "summarize": (),
-         "temporal_grounding": ("query",), "video_segmentation": ("start", "end"),
-         "memory_read": ("query", "start", "end"), "memory_write": ("text", "start", "end"),
-         "verify": ("claim", "evidence"), "answer": ("text", "evidence")}
-
-
 ERRORS = ["error: start must be before end", "error: start and end must be finite numbers",
           "error: the video ends at 90 seconds", "error: the call is not JSON: Expecting value: line 2 column 1"]
 
@@ -496,13 +492,21 @@ def image_row(rng, out, path, side):
     return make("caption", "image", image, TEXT["image"], tell("still", **asdict(scene)))
 
 
+def tool_arguments():
+    """{tool: names of its arguments}, in the order of the agent's schema. Flags are not in it: none is set here."""
+    from mcr_agent import TOOLS  # needs torch, which nothing else here does
+    return {name: [argument for argument, kind in tool.fields.items() if not kind.startswith("flag")]
+            for name, tool in TOOLS.items()}
+
+
 def pieces():
     """Strings for a greedy longest-match tokenizer (bytes catch the rest). What stands between the blanks of
     TEXT is one piece, spaces included: so a word or a number is the same piece in a question, an option, a
     tool call and an answer, and copying it is copying one token. Special tokens (<think>) are not in it."""
     found = {part for text in TEXT.values() for part in re.split(r"\{\w+\}", text)}
+    tools = tool_arguments()
     words = {*COLOURS, *SHAPES, *SHAPES.values(), *DIRECTIONS, *BACKGROUNDS, *FLASHES, *WORDS, *FOODS,
-             *PLACES, *TOOLS, "global", *(w for part in found for w in re.findall(r"[A-Za-z]+", part))}
+             *PLACES, *tools, "global", *(w for part in found for w in re.findall(r"[A-Za-z]+", part))}
     found |= words | {" " + w for w in words}
     found |= {form.format(i) for i in range(181) for form in ("{}", "<{}")}
     found |= {f".{i}{end}" for i in range(10) for end in ("", " seconds>")}
@@ -510,7 +514,7 @@ def pieces():
     found |= {"system\n", "user\n", "assistant\n", "\n", " ", ".", ". ", ", ", ": ", "?", '"', "[", "]", "-",
               '"}}\n', "}}\n", "]]}}\n", '\n{"name": "', '", "arguments": {',
               '\n{"name": "summarize", "arguments": {}}\n'}
-    for tool, names in TOOLS.items():
+    for tool, names in tools.items():
         after = {"evidence": "[[", "start": "", "end": "", "fps": ""}  # the others are strings
         opened = [f'"{name}": ' + after.get(name, '"') for name in names]
         found |= {start + name for name in opened for start in (", ", '", ')}
