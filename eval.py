@@ -74,14 +74,16 @@ def named_option(text, options):
 
     # As whole words: "blueish" is no "blue"
     found = [o for o in options if o and re.search(rf"(?<!\w){re.escape(o)}(?!\w)", text)]
+    if not found:
+        return None
 
     # "a red star" is no choice of "star", if "red star" is an option too
-    longest = [o for o in found if not any(o != other and o in other for other in found)]
+    longest = max(found, key=len)
 
-    # Two options are there, or there are two of that text: no choice
-    if len(longest) != 1 or options.count(longest[0]) != 1:
+    # Another option is there as well, or there are two of that text: no choice
+    if options.count(longest) != 1 or not all(o in longest for o in found):
         return None
-    return LETTERS[options.index(longest[0])]
+    return LETTERS[options.index(longest)]
 
 
 def parse_letter(text, options):
@@ -209,11 +211,11 @@ class Figure(NamedTuple):
 class Task:
     """All that a task is; add_task() takes one.
 
-    text: what the model wrote, None where the video cannot be read. row: as iv3.load_rows gives it; its `answer`
-    is the right letter of mcq ("" if none is right), [start, end] in seconds of grounding."""
+    text: what the model wrote, None where the video cannot be read. row: as iv3.load_rows gives it; its
+    `answer` is the right letter of mcq ("" if none is right), [start, end] in seconds of grounding."""
     parse: Callable                  # (text, row) → what was predicted, None if nothing can be read
     reward: Callable                 # (text, row) → what RL maximises (§3.3), 0 to 1
-    score: Callable                  # (texts, rows, seed) → {figure() of each of its figures, kinds, missing, unparsed}
+    score: Callable                  # (texts, rows, seed) → {figure() of each, kinds, missing, unparsed}
     strategies: Callable             # (test, train, root, train_root) → {trivial strategy: rewards (n,)}
     figures: tuple                   # of Figure; the first is what trivial strategies are judged by
     recalls: tuple = ()              # R1@… in percent, which the strongest trivial strategy has too
@@ -249,14 +251,15 @@ def task_of(row):
 def reward(text, row):
     """The rule-based reward of one sampled answer (§3.3).
 
-    A fork may set `eval.reward = mine`: RL, `items`, --blind and --compare follow it; the scores, the agent's table
-    and `correct` ask the Task, and do not."""
+    A fork may set `eval.reward = mine`: RL, `items`, --blind and --compare follow it; the scores, the agent's
+    table and `correct` ask the Task, and do not."""
     return task_of(row).reward(text, row)
 
 
 def correct(text, row):
-    """Correctness or IoU, 0 to 1: what the data filters of RL and OPD look at (§4). It asks the row's Task: one whose
-    reward is more than rightness (a penalty on length) brings a `correct` of its own."""
+    """Correctness or IoU, 0 to 1: what the data filters of RL and OPD look at (§4).
+
+    A Task whose reward is more than rightness (a penalty on length) brings a `correct` of its own."""
     return task_of(row).correct(text, row)
 
 
@@ -282,8 +285,12 @@ def numbers_of(rows, task):
     return [i for i, row in enumerate(rows) if row["task"] == task]
 
 
-def pick(values, numbers):
-    return [values[i] for i in numbers]
+def pick(values, keys):
+    return [values[key] for key in keys]
+
+
+def column(records, key):
+    return [record[key] for record in records]
 
 
 def wilson(hits, n, z=1.96):
@@ -363,13 +370,17 @@ def by_group(values, rows):
 
 def macro(kinds):
     """The mean of the kinds' means, each of the same weight (MLVU's M-Avg)."""
-    values = [kind["value"] for kind in kinds.values()]
+    values = column(kinds.values(), "value")
     return float(np.mean(values)) if values else None
 
 
 def recall(values, threshold):
     """R1@t: IoU >= t, safe at equality (3/10 computed from two spans can miss 0.3 by one rounding step)."""
     return (np.asarray(values) >= threshold - 1e-9).astype(float)
+
+
+# The t of grounding, in percent: those that Charades-STA is scored by
+RECALLS = (30, 50, 70)
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -395,7 +406,7 @@ def official_mcq(texts, rows):
     for text, row in zip(texts, rows):
         letter = script.letter(final_text(text))
         if script.counts(text, letter):
-            right = letter == row["answer"] and row["answer"] != ""      # "" is no letter, and no right option
+            right = letter == row["answer"] and row["answer"] != ""       # "": no option is right
             values.append(float(right))
             counted.append(row)
     kinds = by_kind(values, counted)
@@ -409,7 +420,7 @@ def score_mcq(texts, rows, seed=0):
 
     Beside it: how often each letter was chosen, and what the benchmark's own script says (`official`)."""
     letters = [parse_letter(text, row["options"]) for text, row in zip(texts, rows)]
-    values = [float(letter == row["answer"]) for letter, row in zip(letters, rows)]
+    values = list(map(mcq_reward, texts, rows))
     kinds = by_kind(values, rows)
 
     # The macro mean as a ratio: a row weighs 1/n of its kind, so that every kind weighs the same
@@ -440,7 +451,7 @@ def official_grounding(texts, rows):
         true = row.get("annotated", row["answer"])              # `answer` is cut to the video
         values.append(iou(span, true) if span else 0.0)
     block = {"miou": float(np.mean(values)), "miou_n": len(values)}
-    for percent in (30, 50, 70):
+    for percent in RECALLS:
         block[f"r1_{percent}"] = float(recall(values, percent / 100).mean())
     return {"official": block}
 
@@ -450,13 +461,11 @@ def score_grounding(texts, rows, seed=0):
 
     Widths tell whether a gain is hedging. They are of the spans that run forward, inside the video; a
     reversed one (`reversed`) is an error, not a wide guess."""
-    # The IoU of each row, and how many reach a threshold
-    values = [grounding_iou(text, row) for text, row in zip(texts, rows)]
+    values = list(map(grounding_iou, texts, rows))
     result = figure("miou", values, rows, seed)
-    for percent in (30, 50, 70):
+    for percent in RECALLS:
         result |= figure(f"r1_{percent}", recall(values, percent / 100), rows, seed)
 
-    # The widths of the spans that run forward, cut to the video; and their rows
     spans = [parse_span(text, turn=False) for text in texts]
     widths = []
     forward = []
@@ -484,9 +493,7 @@ def mcq_strategies(test, train, root=None, train_root=None):
     values = {"chance": np.array([1 / len(row["options"]) for row in test])}
     if not train:
         return values
-    # The letter that is right most often
-    answers = Counter(row["answer"] for row in train)
-    usual = answers.most_common(1)[0][0]
+    usual = Counter(column(train, "answer")).most_common(1)[0][0]
     values["prior letter"] = np.array([float(row["answer"] == usual) for row in test])
     values["prior word"] = prior_word(test, train)
     return values
@@ -494,7 +501,6 @@ def mcq_strategies(test, train, root=None, train_root=None):
 
 def prior_word(test, train):
     """Always the option that was right most often in `train`, among questions of its kind. → (n,)"""
-    # How often each word was offered in a kind of question, and how often it was right there
     right = Counter()
     offered = Counter()
     for row in train:
@@ -509,10 +515,10 @@ def prior_word(test, train):
         for letter, word in zip(LETTERS, row["options"]):
             key = (row.get("kind"), word)
             rates[letter] = (right[key] + 0.25) / (offered[key] + 1)         # a word never seen: 1 in 4
-        # The options of the highest rate; a fair draw if there are several
+        # A fair draw, if several options have the highest rate
         best = max(rates.values())
-        tied = [letter for letter, rate in rates.items() if rate == best]
-        values.append(1 / len(tied) if row["answer"] in tied else 0.0)
+        tied = list(rates.values()).count(best)
+        values.append(1 / tied if rates.get(row["answer"]) == best else 0.0)
     return np.array(values)
 
 
@@ -530,7 +536,7 @@ def constant_spans(spans, rows, root):
     whole clip, (.5, .5, w) a centred span of w seconds."""
     # What each row shows, and the true span: (n,) each
     clip_start, clip_end = np.array([window(media_items(row)[0], row, root) for row in rows]).T
-    true_start, true_end = np.array([row["answer"] for row in rows]).T
+    true_start, true_end = np.array(column(rows, "answer")).T
 
     # The answers, inside the clip: (C,1) with (n,) → (C,n)
     f, g, wider = np.array(spans, dtype=float).T[:, :, None]
@@ -562,7 +568,6 @@ def grounding_strategies(test, train, root, train_root):
 
 def strongest(task, values, rows, seed):
     """{strategy: values (n,)} → the figures of the best one, as `baselines` has them."""
-    # The mean reward of each strategy, over all rows and in each kind
     mean_of = {}
     kinds = {}
     for strategy, own in values.items():
@@ -573,8 +578,7 @@ def strongest(task, values, rows, seed):
     # In each kind another one may be the best
     best_of_kind = {}
     for kind in kinds[best]:
-        on_kind = {strategy: own[kind]["value"] for strategy, own in kinds.items()}
-        top = max(on_kind, key=on_kind.get)
+        top = max(kinds, key=lambda strategy: kinds[strategy][kind]["value"])
         best_of_kind[kind] = {"name": top, **kinds[top][kind]}
 
     key = task.figures[0].key
@@ -601,7 +605,7 @@ def baselines(test_rows, train_rows, root=".", train_root=None, blind=None, seed
         values = task.strategies(test, train, root, train_root or root)      # {strategy: (n,)}
         if blind is not None:
             texts = pick(blind, numbers)
-            values["blind"] = np.array([reward(text, row) for text, row in zip(texts, test)])
+            values["blind"] = np.array(list(map(reward, texts, test)))
         result |= strongest(task, values, test, seed)
     return result
 
@@ -633,7 +637,7 @@ TASKS["grounding"] = Task(
     strategies=grounding_strategies,
     figures=(Figure("miou", "miou", "mIoU"), Figure("r1_30", "r1_30"), Figure("r1_50", "r1_50"),
              Figure("r1_70", "r1_70", "R1@.7"), Figure("width", "width")),
-    recalls=(50, 70))
+    recalls=RECALLS[1:])                             # results.json has no baseline of R1@0.3
 
 
 # ------------------------------------------------------------------------------------------ several processes
@@ -718,8 +722,8 @@ def join_processes(jobs, device="cpu"):
 
 # ------------------------------------------------------------------------------------------ running the model
 #
-# `name`: the pass, one run over the rows (answers, blind, loss, direct, agent …). `log`: a SampleLog (below), or None;
-# `known`: {id: record} that a killed run left in it.
+# `name`: the pass, one run over the rows (answers, blind, loss, direct, agent …). `log`: a SampleLog (below),
+# or None; `known`: {id: record} that a killed run left in it.
 
 def pick_rows(rows, limit, seed=0):
     """A seeded sample in file order: the first `limit` rows would be about a few clips only."""
@@ -741,22 +745,22 @@ def about_frames(row, root):
     return total
 
 
-def encoded_batches(processor, rows, root, batch_size, generation, name, missing, known=()):
+def encoded_batches(processor, rows, root, batch_size, generation, name, known=()):
     """Yield (row numbers, Encoded list) of this process's batches.
 
-    generation: a prompt leaves out the final answer. An unreadable video is noted in `missing` and skipped:
-    one bad file must not stop a run of hours. A batch whose ids are all `known` is left out; the others stay
+    generation: a prompt leaves out the final answer. An unreadable video is skipped, and said at the end: one
+    bad file must not stop a run of hours. A batch whose ids are all `known` is left out; the others stay
     as they were, as a row's neighbours may change its last digits."""
     # By length; of one length, rows about one clip are neighbours, which share its prefill
     order = sorted(range(len(rows)), key=lambda i: clip_of(rows[i]))
     order = sorted(order, key=lambda i: about_frames(rows[i], root))
+    missing = []
     with tqdm(total=len(rows), desc=name, disable=None, leave=False) as bar:
         for first in range(batch_size * rank(), len(rows), batch_size * world()):
             numbers = order[first:first + batch_size]
             if all(rows[i]["id"] in known for i in numbers):
                 numbers = []
 
-            # Of the batch what can be read
             readable = []
             samples = []
             for i in numbers:
@@ -771,7 +775,7 @@ def encoded_batches(processor, rows, root, batch_size, generation, name, missing
                 yield readable, samples
             bar.update(min(batch_size * world(), len(rows) - first))
     # All processes know now what none could read
-    missing[:] = sum(gather(missing), [])
+    missing = sum(gather(missing), [])
     if missing:
         print(f"{name}: {len(missing)} of {len(rows)} rows cannot be read, counted as missing; "
               f"first {missing[0]}")
@@ -790,7 +794,7 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, s
     stop = processor.tokenizer.token_id("<|im_end|>")
 
     own = {}                                         # row number → record, of this process
-    for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, [], known):
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, True, name, known):
         start = time.perf_counter()
         outs = iv3.generate(model, samples, stop, max_new)                   # greedy
         ms = (time.perf_counter() - start) * 1e3 / len(samples)
@@ -798,32 +802,24 @@ def answer_rows(model, processor, rows, root=".", batch_size=32, max_new=None, s
             text = out.text(processor.tokenizer)
             own[i] = {"text": text, "frames": sample.frames, "tokens": len(sample.ids), "ms": ms}
         if log:
-            log.add(name, [(rows[i], own[i]) for i in numbers])
+            log.add(name, zip(pick(rows, numbers), pick(own, numbers)))
 
     # All processes' records, and the log's, in the order of the rows; None: the video cannot be read
     records = [known.get(row["id"]) for row in rows]
     for part in gather(own):
         for i, record in part.items():
             records[i] = record
-    if log and rank() == 0:
-        log.add(name, [(row, {"text": None}) for row, record in zip(rows, records) if record is None])
-    if stats is not None:
-        stats |= sizes(rows, records, max_new)
-    return [record and record["text"] for record in records]
-
-
-def sizes(rows, records, max_new):
-    """What `answer_rows` notes of the prompts in `stats`; nothing where no video could be read."""
     seen = {}
     for row, record in zip(rows, records):
         if record:
             seen[row["id"]] = {"frames": record["frames"], "tokens": record["tokens"]}
-    if not seen:
-        return {}
-    found = {}
-    for key in ("frames", "tokens"):
-        found[f"{key}_per_sample"] = float(np.mean([size[key] for size in seen.values()]))
-    return {**found, "samples": seen, "max_new": max_new}
+        elif log and rank() == 0:
+            log.add(name, [(row, {"text": None})])
+    if seen and stats is not None:
+        for key in ("frames", "tokens"):
+            stats[f"{key}_per_sample"] = float(np.mean(column(seen.values(), key)))
+        stats |= {"samples": seen, "max_new": max_new}
+    return [record and record["text"] for record in records]
 
 
 @torch.no_grad()
@@ -834,8 +830,8 @@ def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss", 
     known = log.known(name) if log else {}                                   # {id: record}
     was_training = model.training                    # a stage measures it between its steps
     model.eval()
-    table = np.zeros((len(rows), 2))
-    for numbers, samples in encoded_batches(processor, rows, root, batch_size, False, name, [], known):
+    nats_tokens = np.zeros((len(rows), 2))
+    for numbers, samples in encoded_batches(processor, rows, root, batch_size, False, name, known):
         measured = []
         hidden = model(**iv3.collate(samples, 0, model.device))              # (B,T,D), T the longest's
         for b, (i, sample) in enumerate(zip(numbers, samples)):
@@ -843,21 +839,21 @@ def held_out_loss(model, processor, rows, root=".", batch_size=16, name="loss", 
             logits = iv3.answer_logits(model, hidden[b], sample.answer)      # (n,V)
             logp = torch.log_softmax(logits, -1).cpu()
             target = sample.ids[sample.answer]                               # (n,)
-            table[i, 0] = -float(logp.gather(1, target[:, None]).sum())
-            table[i, 1] = len(target)
-            measured.append((rows[i], {"nats": table[i, 0], "answer_tokens": table[i, 1]}))
+            nats_tokens[i, 0] = -float(logp.gather(1, target[:, None]).sum())
+            nats_tokens[i, 1] = len(target)
+            measured.append((rows[i], {"nats": nats_tokens[i, 0], "answer_tokens": nats_tokens[i, 1]}))
         if log:
             log.add(name, measured)
     model.train(was_training)
 
     # Each process has filled its own rows, the log has those of a killed run
-    table = sum(gather(table))
+    nats_tokens = sum(gather(nats_tokens))
     for i, row in enumerate(rows):
-        if not table[i].any() and row["id"] in known:
-            table[i] = [known[row["id"]]["nats"], known[row["id"]]["answer_tokens"]]
-    nats = table[:, 0].sum()
-    tokens = table[:, 1].sum()
-    return float(nats / max(1.0, tokens)), table
+        if not nats_tokens[i].any() and row["id"] in known:
+            nats_tokens[i] = pick(known[row["id"]], ("nats", "answer_tokens"))
+    nats = nats_tokens[:, 0].sum()
+    tokens = nats_tokens[:, 1].sum()
+    return float(nats / max(1.0, tokens)), nats_tokens
 
 
 def made_with(model, rows, stats, seed, model_dir=None):
@@ -865,16 +861,17 @@ def made_with(model, rows, stats, seed, model_dir=None):
 
     Equal hashes mean equal prompts and settings of the same videos, wherever these lie. `preset`: what a
     prepare.py wrote into the rows."""
-    # The prompts, without the folders of the videos
     prompts = []
+    preset_texts = set()
     for row in rows:
         row = edit_videos(row, lambda item: {**item, "video": Path(item["video"]).name})
         prompts.append([(message["role"], message["content"]) for message in row["messages"][:-1]])
+        if "preset" in row:
+            preset_texts.add(json.dumps(row["preset"], sort_keys=True))
     text = json.dumps(prompts, sort_keys=True)
 
-    # The different presets of the rows; mostly there is one or none
-    texts = {json.dumps(row["preset"], sort_keys=True) for row in rows if "preset" in row}
-    presets = [json.loads(one) for one in sorted(texts)]
+    # Mostly there is one or none
+    presets = list(map(json.loads, sorted(preset_texts)))
     preset = presets[0] if len(presets) == 1 else presets
     return {"model": str(model_dir or "in memory"), "config": asdict(model.cfg), "seed": seed, **stats,
             "preset": preset, "prompt_hash": hashlib.sha256(text.encode()).hexdigest()[:12]}
@@ -896,13 +893,14 @@ def evaluate(model, processor, data_file, train_file=None, limit=None, batch_siz
     stats = {}                                       # what answer_rows notes of the prompts
     if asked:
         texts = answer_rows(model, processor, asked, root, batch_size, max_new, stats=stats, log=log)
-        result |= score_tasks(texts, asked, seed)
-        result |= {"items": {}, "texts": {}}
-        for text, row in zip(texts, asked):
-            result["items"][row["id"]] = reward(text, row)
-            result["texts"][row["id"]] = text
+        for name, task in TASKS.items():
+            numbers = numbers_of(asked, name)
+            if numbers:
+                result[name] = task.score(pick(texts, numbers), pick(asked, numbers), seed)
+        ids = column(asked, "id")
+        result["items"] = dict(zip(ids, map(reward, texts, asked)))
+        result["texts"] = dict(zip(ids, texts))
 
-        # The same items without a look, and without a model
         blind_texts = None
         if blind:
             blind_texts = answer_rows(model, processor, blind_rows(asked), root, batch_size, max_new,
@@ -911,20 +909,11 @@ def evaluate(model, processor, data_file, train_file=None, limit=None, batch_siz
         train_root = Path(train_file).parent if train_file else None
         result["baselines"] = baselines(asked, train_rows, root, train_root, blind_texts, seed)
     if other:
-        loss, table = held_out_loss(model, processor, other, root, batch_size, log=log)
-        result["loss"] = {"loss": loss, "loss_n": len(other), "loss_ci": interval(table, clips_of(other))}
+        loss, nats_tokens = held_out_loss(model, processor, other, root, batch_size, log=log)
+        ci = interval(nats_tokens, clips_of(other))
+        result["loss"] = {"loss": loss, "loss_n": len(other), "loss_ci": ci}
     result["meta"] = {"data": str(data_file), **made_with(model, rows, stats, seed, model_dir)}
     return result
-
-
-def score_tasks(texts, rows, seed):
-    """{task: its score}, of each task that has rows."""
-    scores = {}
-    for name, task in TASKS.items():
-        numbers = numbers_of(rows, name)
-        if numbers:
-            scores[name] = task.score(pick(texts, numbers), pick(rows, numbers), seed)
-    return scores
 
 
 def stage_figures(scores):
@@ -941,7 +930,7 @@ def stage_figures(scores):
 
 # ------------------------------------------------------------------------------------- the agent (§3.1, §3.4)
 #
-# --agent takes two kinds of rows: mcr (ours), and mcq with a preset (a benchmark's). So here mcq means a benchmark's.
+# --agent takes mcr rows (ours), and mcq rows with a preset: here mcq means a benchmark's.
 
 def direct_row(row):
     """The question asked directly, with the agent's whole frame budget spread over the clip.
@@ -1060,7 +1049,7 @@ def agent_answers(model, processor, rows, root, facts, without=(), log=None):
 
 
 def group_of(row):
-    """A benchmark's rows; or ours, whose evidence the agent's coarse first look cannot hold (unseen), or can."""
+    """A benchmark's rows; or ours, by whether the agent's coarse first look can hold their evidence."""
     if row["task"] == "mcq":
         return "official"
     if row.get("unseen"):
@@ -1086,11 +1075,11 @@ def score_group(rows, direct, outs, seed=0):
             cited_rows.append(row)
 
     result = {"kinds": {}, "groups": {},
-              "forced": sum(out["forced"] for out in outs),
+              "forced": sum(column(outs, "forced")),
               "mended": changes.count(1.0),
               "broken": changes.count(-1.0),
-              "missing": sum(out["text"] is None for out in outs),
-              "frames": float(np.mean([out["frames"] for out in outs]))}
+              "missing": column(outs, "text").count(None),
+              "frames": float(np.mean(column(outs, "frames")))}
     for name, values in measured.items():
         own = cited_rows if name.startswith("evidence") else rows
         result["kinds"][name] = by_kind(values, own)
@@ -1136,16 +1125,17 @@ def read_samples(path):
     records = {}
     for file in files:
         whole_lines = file.read_text(errors="replace").split("\n")[:-1]
-        for number, line in enumerate(whole_lines, 1):
+        for line_number, line in enumerate(whole_lines, 1):
             try:
                 record = json.loads(line)
                 # The first line of all holds the settings
-                if number == 1 and file == files[0]:
+                if line_number == 1 and file == files[0]:
                     settings = record["settings"]
                 else:
                     records[record["pass"], record["id"]] = record
             except (ValueError, LookupError, TypeError) as e:
-                raise UserError(f"{file}:{number}: not a line of a per-sample file of eval.py ({e!r})") from e
+                raise UserError(
+                    f"{file}:{line_number}: not a line of a per-sample file of eval.py ({e!r})") from e
     need(settings is not None, f"{path}: is empty; delete it")
     return settings, records
 
@@ -1177,9 +1167,8 @@ class SampleLog:
 
     def _write(self, records):
         """The whole file, its records sorted, and no parts beside it."""
-        lines = [{"settings": self.settings}]
-        lines += [records[key] for key in sorted(records)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        lines = [{"settings": self.settings}, *pick(records, sorted(records))]
+        text = "\n".join(map(json.dumps, lines)) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         iv3.write_atomic(self.path, lambda p: p.write_text(text))
         for part in sample_files(self.path)[1:]:
@@ -1188,9 +1177,9 @@ class SampleLog:
     def known(self, name):
         """{id: record} of a pass. What could not be read then is tried again."""
         found = {}
-        for (made, id), record in self.records.items():
-            # A record of a loss has no text; a text of None could not be read: tried again
-            if made == name and record.get("text", "") is not None:
+        for (of_pass, id), record in self.records.items():
+            # A record of a loss has no text, one of an unreadable video None
+            if of_pass == name and record.get("text", "") is not None:
                 found[id] = record
         return found
 
@@ -1244,12 +1233,13 @@ def compared(path):
     path, name = re.fullmatch(r"(.*?)(?::(answers|blind|direct|agent(?: no \w+)?))?", str(path)).groups()
     if (Path(path) / "scores.json").is_file():
         return stage_samples(path)
-    records = read_samples(path)[1]
+    passes = defaultdict(dict)
+    for (of_pass, id), record in read_samples(path)[1].items():
+        passes[of_pass][id] = record
     # Without a pass: the agent's, if there is one
     if name is None:
-        of_agent = any(made == "agent" for made, _ in records)
-        name = "agent" if of_agent else "answers"
-    return {id: record for (made, id), record in records.items() if made == name}
+        name = "agent" if "agent" in passes else "answers"
+    return passes[name]
 
 
 def paired_items(a, b, path_a, path_b):
@@ -1258,7 +1248,8 @@ def paired_items(a, b, path_a, path_b):
     for id in a:
         if id not in b:
             continue
-        here, there = [(item["task"], item["kind"], item["clip"]) for item in (a[id], b[id])]
+        here = tuple(pick(a[id], ("task", "kind", "clip")))
+        there = tuple(pick(b[id], ("task", "kind", "clip")))
         need(here == there, f"--compare: item {id} is {here} in {path_a}, {there} in {path_b}: other data")
         task, kind, _ = here
         groups[task].append(id)
@@ -1271,7 +1262,7 @@ def paired_items(a, b, path_a, path_b):
 def paired_difference(a, b, clips, seed):
     """Rewards (n,) of the same items in two runs → means, difference, its interval, who alone is right."""
     difference = b - a
-    # As a ratio of sums, (n,2): differences that are all 0 or all 1 would be taken for a share (Wilson's interval)
+    # As a ratio of sums, (n,2): differences that are all 0 or all 1 would be taken for a share (wilson())
     ratio = np.stack([difference, np.ones(len(a))], 1)
     right_a = recall(a, 0.5)
     right_b = recall(b, 0.5)
@@ -1289,9 +1280,9 @@ def compare(path_a, path_b, seed=0):
     b = compared(path_b)
     rows = []
     for name, ids in sorted(paired_items(a, b, path_a, path_b).items()):
-        rewards_a = np.array([a[id]["reward"] for id in ids])
-        rewards_b = np.array([b[id]["reward"] for id in ids])
-        clips = [a[id]["clip"] for id in ids]
+        rewards_a = np.array(column(pick(a, ids), "reward"))
+        rewards_b = np.array(column(pick(b, ids), "reward"))
+        clips = column(pick(a, ids), "clip")
         rows.append({"name": name, **paired_difference(rewards_a, rewards_b, clips, seed)})
     return {"a": str(path_a), "b": str(path_b), "rows": rows,
             "not_in_a": [id for id in b if id not in a],
@@ -1318,14 +1309,13 @@ def cell(block, key):
 
 def table(header, rows):
     """Markdown that is aligned enough to be read in a terminal."""
-    # The width of a column is that of its widest cell
-    widths = []
-    for column in zip(header, *rows):
-        widths.append(max(len(str(value)) for value in column))
-    lines = []
-    for values in [header, ["-" * width for width in widths], *rows]:
-        padded = [str(value).ljust(width) for value, width in zip(values, widths)]
-        lines.append("| " + " | ".join(padded) + " |")
+    columns = []
+    for values in zip(header, *rows):
+        texts = list(map(str, values))
+        width = max(map(len, texts))
+        texts.insert(1, "-" * width)                 # below the header
+        columns.append([text.ljust(width) for text in texts])
+    lines = [f"| {' | '.join(line)} |" for line in zip(*columns)]
     return "\n".join(lines)
 
 
@@ -1333,8 +1323,6 @@ def score_lines(task, block, best):
     """One task's lines of render_scores: [score, value, n, strongest baseline]."""
     kinds = block["kinds"]
     lines = []
-
-    # Its figures, and its kinds, beside the strongest trivial strategy on the same rows
     for one in task.figures:
         trivial = f"{cell(best, one.key)} {best.get(one.key + '_name', '')}"
         lines.append([one.name, cell(block, one.name), block[one.name + "_n"], trivial])
@@ -1385,8 +1373,10 @@ def agent_lines(agent):
     lines = []
     for group, block in agent.items():
         line = [group]
-        line += [cell(block, key) for key in AGENT_FIGURES]
-        line += [block.get(key, "") for key in ("mended", "broken", "forced", "direct_n")]
+        for key in AGENT_FIGURES:
+            line.append(cell(block, key))
+        for key in ("mended", "broken", "forced", "direct_n"):
+            line.append(block.get(key, ""))
         lines.append(line)
     header = ["evidence", "direct", "agentic", "cites it", "touches", "mended", "broke", "forced", "n"]
     return header, lines
@@ -1399,7 +1389,6 @@ def render_agent(agent):
 
 def render_agents(agents):
     """{"full", "no memory", …: evaluate_agent's result} as markdown: by kind, then one row per agent."""
-    # By kind of question, of the whole agent
     kind_lines = []
     for block in agents["full"].values():
         for kind, direct in block["kinds"]["direct"].items():
@@ -1412,18 +1401,17 @@ def render_agents(agents):
     if len(agents) == 1:
         return text
 
-    # And of each agent a line, by group
     header = ["agent"]
     for group in agents["full"]:
-        header += [f"{group} {what}" for what in ("agentic", "cites it", "forced", "frames")]
-    agent_lines = []
+        header += [f"{group} agentic", f"{group} cites it", f"{group} forced", f"{group} frames"]
+    lines = []
     for name, agent in agents.items():
         line = [name]
         for block in agent.values():
             line += [cell(block, "agentic"), cell(block, "evidence_hit")]
             line += [block["forced"], number(block["frames"])]
-        agent_lines.append(line)
-    return f"{text}\n\n{table(header, agent_lines)}"
+        lines.append(line)
+    return f"{text}\n\n{table(header, lines)}"
 
 
 def render_compare(result):
@@ -1451,10 +1439,10 @@ def settings_of(args, rows, model, directory):
     """What a sample's record depends on.
 
     Equal hashes mean equal rows, equal sums equal weights in the same precision."""
-    need(len({row["id"] for row in rows}) == len(rows), f"--out: two rows of {args.data} have the same id")
+    need(len(set(column(rows, "id"))) == len(rows), f"--out: two rows of {args.data} have the same id")
     content = json.dumps(rows, sort_keys=True)
 
-    # The bits of all weights, summed as whole numbers of two bytes: exact in any order, the same on CPU and GPU
+    # The bits of all weights as whole numbers of two bytes: the sum is exact in any order, on CPU and GPU
     weights_sum = 0
     for weight in model.parameters():
         bits = weight.detach().flatten().view(torch.int16)

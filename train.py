@@ -14,20 +14,20 @@ Differs from the paper:
  2. Several questions about one video share its tokens (a tree-shaped attention mask). The loss is the same as
     of separate samples; the video is encoded once. In RL the answers to a question share its tokens too.
  3. The loss is on assistant tokens alone, also in CPT: its captions and texts are answers to a request here.
- 4. Muon trains the weight matrices in SFT: it learns the toy's shapes about four times faster than AdamW. Not
-    from 100 M parameters on.
+ 4. Muon trains the weight matrices in SFT: it learns the toy's shapes about four times faster than AdamW.
+    Not from 100 M parameters on.
  5. SFT long has longer videos and packs than SFT short, but 2 frames a second in both (the paper: 4 in the
     long phase): a second is the toy world's shortest event. `fps` in a row of your own data says otherwise;
     from 100 M parameters on the recipe has the paper's.
- 6. GSPO: old log-probabilities are recomputed by the trainer, in the packs that it trains on, so that rounding
-    is the same on both sides of the ratio; the output head is fp32. GSPO's clip range, 3e-4, is below bf16
-    noise; the tiny recipe's is ten times as wide, its answers have three to eight tokens. Advantages are
-    divided by (std + 1e-4), the std of the group itself.
+ 6. GSPO: old log-probabilities are recomputed by the trainer, in the packs that it trains on, so that
+    rounding is the same on both sides of the ratio; the output head is fp32. GSPO's clip range, 3e-4, is
+    below bf16 noise; the tiny recipe's is ten times as wide, its answers have three to eight tokens.
+    Advantages are divided by (std + 1e-4), the std of the group itself.
  7. RL: groups without a spread carry no gradient, neither of the reward nor of the KL; they are left out and
     counted. Beside IoU or correctness a tenth of a point is for an answer that a rule can read.
  8. OPD uses the reverse KL over the full vocabulary at each position of the student's own sample, which is
-    the exact expectation of the paper's one-sample form (`--kl-form sampled`). The teacher is a longer-trained
-    GQA model of the same vocabulary, not a larger one.
+    the exact expectation of the paper's one-sample form (`--kl-form sampled`). The teacher is a GQA model of
+    the same vocabulary, trained longer, not a larger one.
  9. Prompts of RL and OPD are those whose answers a rule can judge (multiple choice, grounding), not captions.
     RL's filter asks four times; OPD keeps, beside the rows where the teacher is better, as many others.
 10. Replay: SFT keeps a share of the earlier stages' data, OPD trains on SFT data beside its own samples. A
@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import eval as evaluation
-from eval import command, gather, once, rank, world      # gather(x): of all processes; once(f): process 0 alone
+from eval import command, gather, once, rank, world     # gather(x): of all processes; once(f): on the first
 from iv3 import (PRESETS, Config, Encoded, MediaError, UserError, answer_logits, build_model, check_flags,
                  clip_of, collate, find_model, first_media, framed, generate, load_model, load_rows, need,
                  read_json, run_cli, save_model, write_atomic)
@@ -104,7 +104,7 @@ class Recipe:
 
 @dataclass
 class Stage:
-    """One stage of training. A fork adds one in a file of its own, mine.py, run as `python mine.py --stage dpo`:
+    """One stage of training. A fork adds one in its own file, mine.py, run as `python mine.py --stage dpo`:
 
         train.STAGES["dpo"] = train.Stage(after="sft_long", recipe=train.Recipe(…), train=train_dpo)
         iv3.STAGE_ORDER.append("dpo")            # --model RUN then means it
@@ -114,7 +114,7 @@ class Stage:
     X_short and X_long are `--stage X` with two phases."""
     after: str                       # it starts from the checkpoint of this stage
     recipe: Recipe                   # for the tiny model
-    train: Callable = None           # train(trainer, data) takes all its steps; ours are put in behind them, below
+    train: Callable = None           # train(trainer, data) takes all its steps; ours are put in below
     large: dict = field(default_factory=dict)      # changes of the recipe from 100 M parameters on
     converts: bool = False           # a GQA model becomes M²LA before the first step
     on_policy: bool = False          # learns from its own answers: its rows are of tasks with a reward
@@ -128,8 +128,8 @@ CURATED = "curated/curated.jsonl"    # questions that the model itself makes, se
 #   video      13 %         52 %  (43 %)             58 %  (15 %)       a text or a video eight
 CPT_MIX = {"cpt_text.jsonl": 0.07, "cpt_image.jsonl": 0.80, "cpt_video.jsonl": 0.13}
 
-# The numbers of steps are those of half an hour on two cores. With two thirds of them the agent's accuracy falls
-# from .81 to .35 where its first look cannot hold the evidence (commit 644a1cf).
+# The numbers of steps are those of half an hour on two cores. With two thirds of them the agent's accuracy
+# falls from .81 to .35 where its first look cannot hold the evidence (commit 644a1cf).
 STAGES = {
     # 48 packs: four in five are a picture with one row. `large`: the paper's rates and frames.
     "cpt": Stage(
@@ -174,7 +174,7 @@ STAGES = {
         on_policy=True),
 }
 CHAIN = tuple(STAGES)                # the stages of the whole recipe; what a fork adds is run by --stage
-SMALL = dict(tokens=16_384)          # changes from 10 M parameters on: preset small has 54 tokens a second of video
+SMALL = dict(tokens=16_384)          # from 10 M parameters on: preset small has 54 tokens a second of video
 
 
 # ------------------------------------------------------------------------------- data: rows → packs → batches
@@ -248,16 +248,19 @@ def make_pack(samples, shared_grids, vision_ids, group=1):
         grids.append(sample.grids[prefix.grids:])
 
     # What is known of a part is repeated for each of its tokens: (parts,) → (T,).
-    sizes = torch.tensor([len(part.sample.ids[part.tokens]) for part in parts])
+    ids = [part.sample.ids[part.tokens] for part in parts]
+    positions = [part.sample.positions[:, part.tokens] for part in parts]
+    answer = [part.sample.answer[part.tokens] for part in parts]
+    sizes = torch.tensor(list(map(len, ids)))
     parent = torch.tensor([part.parent for part in parts])
     conversation = torch.tensor([part.conversation for part in parts])
     return Pack(
-        ids=torch.cat([part.sample.ids[part.tokens] for part in parts]),
-        positions=torch.cat([part.sample.positions[:, part.tokens] for part in parts], 1),
+        ids=torch.cat(ids),
+        positions=torch.cat(positions, 1),
         branch=torch.arange(len(parts)).repeat_interleave(sizes),
         parent=parent.repeat_interleave(sizes),
         sample=conversation.repeat_interleave(sizes),
-        answer=torch.cat([part.sample.answer[part.tokens] for part in parts]),
+        answer=torch.cat(answer),
         patches=torch.cat(patches),
         grids=torch.cat(grids))
 
@@ -270,7 +273,7 @@ def answer_start(sample):
 def common_prefix(samples, shared_grids, vision_ids):
     """How much the conversations share: equal tokens before any answer, of the shared clip's pixels alone."""
     first = samples[0]
-    limit = min(answer_start(sample) for sample in samples)
+    limit = min(map(answer_start, samples))
     equal = torch.ones(limit, dtype=torch.bool)
     for sample in samples:
         equal &= sample.ids[:limit] == first.ids[:limit]
@@ -348,7 +351,7 @@ def attention_blocks(branch, parent):
     head = int((branch == 0).sum(1).max())                 # the longest prefix
     size = max(BLOCK, T // 16)                             # at most 16 blocks: each is a call of its own
     blocks = []
-    for start in range(0, head, size):                     # up to the longest prefix: all keys up to the block's end
+    for start in range(0, head, size):                     # within a prefix: all keys up to the block's end
         blocks.append((start, min(start + size, head), 0, 0))
 
     # A later block sees the prefix, and what stands from the question of its first query on.
@@ -408,7 +411,8 @@ class Data:
         self.seed = [seed, *stage.encode()]
         self.steps = steps
         self.skipped = Counter()                           # what is wrong → how often
-        self.vision_ids = [processor.tokenizer.token_id(f"<|{kind}_pad|>") for kind in ("image", "video")]
+        token_id = processor.tokenizer.token_id
+        self.vision_ids = [token_id("<|image_pad|>"), token_id("<|video_pad|>")]
         self.sources = []
         for name, share in mix.items():
             path = Path(directory) / name                  # --data F.jsonl is an absolute path here
@@ -423,7 +427,7 @@ class Data:
         for source in self.sources:
             clips = []
             for rows in source.clips:
-                rows = [row for row in rows if wanted(row)]
+                rows = list(filter(wanted, rows))
                 if rows:
                     clips.append(rows)
             if clips:
@@ -463,11 +467,11 @@ class Data:
         drawn = []
         for number in rng.choice(len(self.sources), packs, p=shares / shares.sum()):
             source = self.sources[number]
-            weight = np.sqrt([len(rows) for rows in source.clips])      # a lone row is not worth a whole pack
+            weight = np.sqrt(list(map(len, source.clips)))      # a lone row is not worth a whole pack
             rows = source.clips[rng.choice(len(source.clips), p=weight / weight.sum())]
             # The draw has decided that it is text: any texts of the file can share a pack.
             if not first_media(rows[0]):
-                texts = [rows for rows in source.clips if not first_media(rows[0])]
+                texts = [clip for clip in source.clips if not first_media(clip[0])]
                 rows = list(itertools.chain(*texts))
             chosen = rng.permutation(len(rows))[:branches]
             drawn.append(Drawn([rows[i] for i in chosen], source.root))
@@ -516,12 +520,13 @@ def own_part(drawn):
         letters = sum(len(str(row["messages"])) for row in pack.rows)
         return letters + 4 * pack.rows[0].get("duration", 0)
     loads = [0] * world()
-    parts = [[] for _ in loads]
+    own = []
     for pack in sorted(drawn, key=cost, reverse=True):
         least = loads.index(min(loads))
         loads[least] += cost(pack)
-        parts[least].append(pack)
-    return parts[rank()]
+        if least == rank():
+            own.append(pack)
+    return own
 
 
 class Loader:
@@ -627,7 +632,7 @@ def gspo_loss(logp, old, ref, sample, advantage, clip, kl):
     count = len(advantage)
     ratio = sequence_mean(logp - old, sample, count).exp()                   # s (count,)
     low, high = clip
-    clipped = ratio.clamp(1 - low, 1 + high)                                 # in the first update s = 1: no effect
+    clipped = ratio.clamp(1 - low, 1 + high)               # in the first update s = 1: no effect
     objective = torch.minimum(ratio * advantage, clipped * advantage)        # (count,)
 
     d = ref - logp
@@ -745,7 +750,7 @@ def rollout(trainer, data, drawn, samples, number, temperature, model=None):
 
     prompts = [group.prompt for group in groups]
     stop = trainer.tokenizer.token_id("<|im_end|>")
-    with trainer.autocast():
+    with autocast(trainer.args.device):
         answers = generate(model or trainer.model, prompts, stop, trainer.recipe.max_new, temperature,
                            samples, trainer.generator(number))
     for i, group in enumerate(groups):
@@ -770,10 +775,12 @@ def answer_packs(data, groups):
     packs = []
     for (_, root), run in itertools.groupby(groups, lambda group: (first_media(group.row), group.root)):
         run = list(run)
+        rows = [group.row for group in run]
         samples = []
         for group in run:
-            samples += [complete(group.prompt, answer.ids) for answer in group.answers]
-        pack = data.pack([group.row for group in run], samples, root, len(run[0].answers))
+            for answer in group.answers:
+                samples.append(complete(group.prompt, answer.ids))
+        pack = data.pack(rows, samples, root, len(run[0].answers))
         if run[0].advantage is not None:
             pack.advantage = torch.cat([group.advantage for group in run])       # in the conversations' order
         packs.append(pack)
@@ -812,12 +819,12 @@ def rl_step(trainer, data, reference, step):
 
     # Log-probabilities of each answer token under the SFT model, and under π_old where an update came before:
     # in the first update π is still π_old. All at temperature 1, whatever the samples' was.
-    with torch.no_grad(), trainer.autocast():
+    with torch.no_grad(), autocast(trainer.args.device):
         for number, batches in enumerate(updates):
             for batch in batches:
-                batch["ref"], _ = token_logp(reference, trainer.to_device(batch))
+                batch["ref"], _ = token_logp(reference, batch_to(batch, trainer.args.device))
                 if number > 0:
-                    batch["old"], _ = token_logp(trainer.model, trainer.to_device(batch))
+                    batch["old"], _ = token_logp(trainer.model, batch_to(batch, trainer.args.device))
 
     # Loss: clipped sequence ratio and KL, see gspo_loss.
     logged = []
@@ -833,9 +840,9 @@ def rl_step(trainer, data, reference, step):
     trainer.model.train()
     loss = 0.0
     for batches in updates:
-        total = sum(gather(sum(len(batch["advantage"]) for batch in batches)))
+        total = sum(gather(sum(map(count_of, batches))))
         if total:
-            jobs = [Job(batch, loss_of, len(batch["advantage"]) / total) for batch in batches]
+            jobs = [Job(batch, loss_of, count_of(batch) / total) for batch in batches]
             loss += trainer.update(jobs) / recipe.updates
     kl, clipped = np.mean(logged or [(0.0, 0.0)], 0).tolist()
     return {"loss": loss, "reward": float(rewards.mean()), "spread": float(spread.mean()),
@@ -863,18 +870,15 @@ IOU_RANGE = 0.1, 0.7                 # §4: spans that the SFT model neither mis
 
 @torch.no_grad()
 def rl_filter(trainer, data):
-    """§4: keep grounding where the mean IoU of the policy's answers is in [0.1, 0.7], multiple choice both right
-    and wrong at T = 1. Correctness is judged: a fork's reward (a penalty on length) changes no verdict."""
-    verdicts = []
-    for number, drawn in filter_chunks(trainer, data):
-        with suppress(MediaError):                         # no video of the chunk can be read: no verdict
-            # From 10⁶ on: other random numbers than those of the stage's steps.
-            groups = rollout(trainer, data, drawn, FILTER_SAMPLES, 10 ** 6 + number,
-                             trainer.recipe.temperature)
-            for group in groups:
-                scores = correct_of(trainer.tokenizer, group)
-                verdicts.append((group.row["id"], within_reach(group.row, scores)))
-    verdicts = sorted(sum(gather(verdicts), []))
+    """§4: keep grounding where the mean IoU of the answers is in [0.1, 0.7], multiple choice both right and
+    wrong at T = 1. Correctness is judged: a fork's reward (a penalty on length) changes no verdict."""
+    def judge(number, drawn):
+        temperature = trainer.recipe.temperature
+        # From 10⁶ on: other random numbers than those of the stage's steps.
+        for group in rollout(trainer, data, drawn, FILTER_SAMPLES, 10 ** 6 + number, temperature):
+            scores = correct_of(trainer.tokenizer, group)
+            yield group.row["id"], within_reach(group.row, scores)
+    verdicts = verdicts_of(trainer, data, judge)
     keep = [row for row, good in verdicts if good]
     note = f"kept {len(keep)} of {len(verdicts)} prompts (IoU in [0.1, 0.7], mixed answers)"
     return {"keep": keep, "looked_at": len(verdicts), "note": note}
@@ -926,8 +930,7 @@ def opd_step(trainer, data, teacher, replay, step):
     def loss_of(batch):
         student, token, sample = answer_forward(trainer.model, batch)
         with torch.no_grad():
-            there = {key: value.to(teacher.device) for key, value in batch.items()}
-            target = answer_forward(teacher, there).logits.to(student.device)
+            target = answer_forward(teacher, batch_to(batch, teacher.device)).logits.to(student.device)
         if recipe.kl_form == "full":
             gap = reverse_kl(student, target)
         else:
@@ -936,7 +939,7 @@ def opd_step(trainer, data, teacher, replay, step):
 
     # Update: every answer counts the same. SFT data beside keeps what is not sampled from being forgotten.
     trainer.model.train()
-    total = sum(gather(sum(count_of(batch) for batch in batches)))
+    total = sum(gather(sum(map(count_of, batches))))
     jobs = [Job(batch, loss_of, count_of(batch) / total) for batch in batches]
     if replay:
         jobs += replay_jobs(trainer, replay, step)
@@ -953,23 +956,21 @@ def replay_jobs(trainer, replay, step):
     return jobs
 
 
-AHEAD = 0.1                          # lead in correctness from which the teacher is better: IoUs differ a little anyway
+AHEAD = 0.1                          # the least lead in correctness that counts: IoUs differ a little anyway
 GAP_KIND = 0.05                      # mean lead in a kind of question: there the test looks for the gap
 
 
 @torch.no_grad()
 def opd_filter(trainer, data, teacher):
-    """§4: keep the rows where the teacher leads by more than AHEAD (right against wrong, or a clearly better IoU),
-    and as many others. `kinds`: those of question in which the teacher is ahead, where the test looks for the gap."""
-    verdicts = []
-    for number, drawn in filter_chunks(trainer, data):
-        with suppress(MediaError):                         # no video of the chunk can be read: no verdict
-            own = rollout(trainer, data, drawn, 1, number, 0.0)              # greedy
-            best = rollout(trainer, data, drawn, 1, number, 0.0, teacher)
-            for ours, theirs in zip(own, best):
-                ahead = correct_of(trainer.tokenizer, theirs)[0] - correct_of(trainer.tokenizer, ours)[0]
-                verdicts.append((ours.row["id"], ours.row.get("kind", ours.row["task"]), ahead))
-    verdicts = sorted(sum(gather(verdicts), []))
+    """§4: keep the rows where the teacher leads by more than AHEAD, and as many others. `kinds`: those of
+    question in which the teacher is ahead, where the test looks for the gap."""
+    def judge(number, drawn):
+        own = rollout(trainer, data, drawn, 1, number, 0.0)                  # greedy
+        best = rollout(trainer, data, drawn, 1, number, 0.0, teacher)
+        for ours, theirs in zip(own, best):
+            ahead = correct_of(trainer.tokenizer, theirs)[0] - correct_of(trainer.tokenizer, ours)[0]
+            yield ours.row["id"], evaluation.kind_of(ours.row), ahead
+    verdicts = verdicts_of(trainer, data, judge)
 
     gap = [row for row, _, ahead in verdicts if ahead > AHEAD]
     rest = [row for row, _, ahead in verdicts if ahead <= AHEAD]
@@ -1004,11 +1005,15 @@ def train_opd(trainer, data):
 
 # ---- What the two filters share
 
-def filter_chunks(trainer, data):
-    """This process' part of the pool → (number, eight Drawn) each."""
+def verdicts_of(trainer, data, judge):
+    """What judge(number, eight Drawn) yields for the pool, of all processes, sorted: (id of a row, …)."""
     pool = pool_of(data, trainer.recipe.pool, trainer.args.seed)
-    chunks = [(i // 8, pool[i:i + 8]) for i in range(0, len(pool), 8)]     # as many as a step's rollout
-    return tqdm(chunks[rank()::world()], desc="   filter")
+    chunks = math.ceil(len(pool) / 8)                      # eight: as many as a step's rollout
+    verdicts = []
+    for number in tqdm(range(rank(), chunks, world()), desc="   filter"):
+        with suppress(MediaError):                         # no video of the chunk can be read: no verdict
+            verdicts += judge(number, pool[8 * number:8 * number + 8])
+    return sorted(sum(gather(verdicts), []))
 
 
 def pool_of(data, limit, seed):
@@ -1044,7 +1049,8 @@ def keep_rows(trainer, data, rule):
     count = Counter()
     for source in data.sources:
         for rows in source.clips:
-            count.update(row["id"] for row in rows)
+            for row in rows:
+                count[row["id"]] += 1
     for row in found["keep"]:
         need(count[row] <= 1,
              f"{trainer.stage}: its data has {count[row]} rows with the id {row!r}; make them differ")
@@ -1078,8 +1084,8 @@ class Trainer:
     """The loop of one stage: model, recipe, optimizers and rates. The stage itself is `fit`'s argument.
 
     A killed run resumes exactly, with as many processes: everything random in step n is seeded by (seed,
-    stage, n), and state.pt holds weights, optimizer and the next step. Only a complete stage has a config.json
-    in its directory."""
+    stage, n), and state.pt holds weights, optimizer and the next step. Only a complete stage has a
+    config.json in its directory."""
 
     def __init__(self, model, processor, recipe, stage, args, inherits=None):
         self.model = model
@@ -1089,7 +1095,7 @@ class Trainer:
         self.stage = stage
         self.args = args
         self.inherits = inherits                           # the checkpoint that it starts from
-        self.after = mark_of(inherits)                     # now: another process may train that stage again
+        self.inherits_mark = mark_of(inherits)             # now: another process may train that stage again
         self.directory = args.out / stage
         self.metrics = args.out / "metrics.jsonl"
         self.val = val_rows(args, stage, recipe) if args.eval_every else None
@@ -1124,19 +1130,6 @@ class Trainer:
         angle = math.pi * (step - warmup) / max(1, recipe.steps - warmup)
         return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(angle))
 
-    def set_rates(self, step):
-        """Of AdamW and, in the same proportion to its own peak, of Muon."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * self.lr(step) / self.recipe.lr
-
-    def to_device(self, batch):
-        return {key: value.to(self.args.device, non_blocking=True) for key, value in batch.items()}
-
-    def autocast(self):
-        """bf16 on a GPU; weights, gradients and optimizer state stay in fp32. fp32 on a CPU."""
-        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.device == "cuda")
-
     def update(self, jobs):
         """One optimizer step:  loss = Σ weight · loss_of(batch) over the jobs of all processes. → the loss"""
         if self.args.fsdp:
@@ -1145,8 +1138,8 @@ class Trainer:
         for batch, loss_of, weight in jobs:
             if self.peak:
                 self.flops += train_flops(self.model, batch)
-            with self.autocast():
-                loss = loss_of(self.to_device(batch)) * weight
+            with autocast(self.args.device):
+                loss = loss_of(batch_to(batch, self.args.device)) * weight
             if self.args.fsdp:
                 (loss * world()).backward()                # FSDP takes the mean over the processes
             else:
@@ -1156,7 +1149,7 @@ class Trainer:
             sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)          # 1: the field's usual limit
         self.norm = float(whole(norm))
-        if math.isfinite(self.norm):                       # an overflow costs a step; a loss like it ends the stage
+        if math.isfinite(self.norm):                       # an overflow costs a step; such a loss the stage
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -1167,16 +1160,19 @@ class Trainer:
         progress = load_state(self)
         log = Log(self, progress)
         saved = time.monotonic()
+        every = self.args.eval_every
         self.model.train()
         for step in log.bar:
-            self.set_rates(step)
+            for optimizer in self.optimizers:              # AdamW; Muon in proportion to its own peak
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * self.lr(step) / self.recipe.lr
             self.norm = 0.0
             figures = self.figures_of(step, step_of(step))
             need(math.isfinite(figures["loss"]),
                  f"{self.stage}: the loss is {figures['loss']} at step {step}; lower --lr")
             progress.step = step + 1
             progress.tokens += figures["tokens"]
-            if evaluates(self, step):
+            if every and (progress.step % every == 0 or progress.step == self.recipe.steps):
                 keep_best(self, progress, figures)
             log.write(figures, progress)
             if gather(time.monotonic() - saved)[0] > self.args.save_every:   # process 0's clock decides
@@ -1190,10 +1186,21 @@ class Trainer:
 
     def figures_of(self, step, own):
         """A line of metrics.jsonl: the means of all processes' figures, the sum of their tokens."""
+        line = {"stage": self.stage, "step": step, "lr": self.lr(step)}
         everyones = gather(own)
-        means = {name: float(np.mean([figures[name] for figures in everyones])) for name in own}
-        means["tokens"] = sum(figures["tokens"] for figures in everyones)
-        return {"stage": self.stage, "step": step, "lr": self.lr(step), **means, "grad_norm": self.norm}
+        for name in own:
+            values = [figures[name] for figures in everyones]
+            line[name] = sum(values) if name == "tokens" else float(np.mean(values))
+        return line | {"grad_norm": self.norm}
+
+
+def autocast(device):
+    """bf16 on a GPU; weights, gradients and optimizer state stay in fp32. fp32 on a CPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def batch_to(batch, device):
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 # ------------------------------------------------------------------------------- beside the loop: checkpoints
@@ -1211,9 +1218,7 @@ def save_state(trainer, progress):
     state = unsharded({
         "model": trainer.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "best": progress.best,
+        **asdict(progress),
         "settings": trainer.settings})
     once(lambda: write_atomic(trainer.directory / "state.pt", lambda p: torch.save(state, p)))
 
@@ -1229,14 +1234,16 @@ def load_state(trainer):
     need(state["settings"] == trainer.settings,
          f"{file}: was written with other settings; use those or delete {trainer.directory}")
     own = trainer.model.state_dict()
-    weights = {name: shard_of(value, own[name]) for name, value in state["model"].items()}
-    trainer.model.load_state_dict(weights)
+    for name, value in state["model"].items():
+        state["model"][name] = shard_of(value, own[name])
+    trainer.model.load_state_dict(state["model"])
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"]):
         params = []
         for group in optimizer.param_groups:
             params += group["params"]
         for i, moments in saved["state"].items():          # numbered through all groups
-            saved["state"][i] = {name: shard_of(value, params[i]) for name, value in moments.items()}
+            for name, value in moments.items():
+                moments[name] = shard_of(value, params[i])
         optimizer.load_state_dict(saved)
     print(f"{trainer.stage}: resuming at step {state['step']} of {trainer.recipe.steps}")
     return Progress(state["step"], state["tokens"], state["best"])
@@ -1258,7 +1265,7 @@ def save_stage(trainer, progress, seconds):
     record = {
         "stage": trainer.stage,
         "inherits": str(trainer.inherits),
-        "after": trainer.after,
+        "after": trainer.inherits_mark,
         "seed": trainer.args.seed,
         "tokens": progress.tokens,
         "seconds": round(seconds, 1),
@@ -1285,42 +1292,30 @@ def mark_of(directory):
 
 # ------------------------------------------------------------------------------- beside the loop: best so far
 
-class Validation(NamedTuple):
-    name: str                        # in metrics.jsonl
-    value: float
-    score: float                     # greater is better
-
-
-def evaluates(trainer, step):
-    """--eval-every N: every N steps and at the end."""
-    every = trainer.args.eval_every
-    return every and ((step + 1) % every == 0 or step + 1 == trainer.recipe.steps)
-
-
 def keep_best(trainer, progress, figures):
     """<stage>/best is what scored highest on the held-out rows so far, a checkpoint like the last."""
-    found = validate(trainer, *trainer.val)
-    figures[found.name] = found.value
-    if found.score > progress.best:
-        progress.best = found.score
-        record = {"stage": trainer.stage, "step": figures["step"], found.name: found.value}
+    name, value = validate(trainer, *trainer.val)
+    figures[name] = value
+    score = -value if name == "val_loss" else value
+    if score > progress.best:
+        progress.best = score
+        record = {"stage": trainer.stage, "step": figures["step"], name: value}
         save_checkpoint(trainer, trainer.directory / "best", record)
 
 
 def validate(trainer, rows, root):
     """The loss on held-out rows; in RL and OPD the rule reward of greedy answers to them."""
     model, processor = trainer.model, trainer.processor
-    with trainer.autocast():
+    with autocast(trainer.args.device):
         if not STAGES[trainer.stage].on_policy:
             loss, _ = evaluation.held_out_loss(model, processor, rows, root, name="val")
-            return Validation("val_loss", loss, -loss)
+            return "val_loss", loss
         texts = evaluation.answer_rows(model, processor, rows, root, max_new=trainer.recipe.max_new,
                                        name="val")
     rewards = []
     for text, row in zip(texts, rows):
         rewards.append(0.0 if text is None else evaluation.reward(text, row))
-    reward = float(np.mean(rewards))
-    return Validation("val_reward", reward, reward)
+    return "val_reward", float(np.mean(rewards))
 
 
 def val_rows(args, stage, recipe):
@@ -1329,8 +1324,8 @@ def val_rows(args, stage, recipe):
     rows = framed(load_rows(path), recipe.fps, recipe.max_frames)
     if STAGES[stage].on_policy:
         rows = [row for row in rows if row["task"] in evaluation.TASKS]
-    need(rows, f"{path}: has no rows of {' or '.join(evaluation.TASKS)}, whose rewards choose {stage}'s best; "
-         "give --val FILE")
+    need(rows, f"{path}: has no rows of {' or '.join(evaluation.TASKS)}, whose rewards choose {stage}'s "
+         "best; give --val FILE")
     return Drawn(rows, path.parent)
 
 
@@ -1414,7 +1409,9 @@ def train_flops(model, batch):
 def matrix_weights(*modules):
     total = 0
     for module in modules:
-        total += sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        for p in module.parameters():
+            if p.dim() > 1:
+                total += p.numel()
     return total
 
 
@@ -1424,13 +1421,16 @@ def sum_gradients(parameters):
     """Add up all processes' gradients. A parameter of which no process has one (a step without pictures)
     keeps none: the optimizer passes it over, as with one process."""
     grads = []
+    known = []
     for p in parameters:
-        grads.append(torch.zeros_like(p) if p.grad is None else p.grad)
-    known = torch.tensor([float(p.grad is not None) for p in parameters]).to(grads[0])
-    flat = torch.cat([grad.flatten() for grad in grads])                     # one message, not one a tensor
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads.append(grad.flatten())
+        known.append(float(p.grad is not None))
+    flat = torch.cat(grads)                                # one message, not one a tensor
+    known = torch.tensor(known).to(flat)
     dist.all_reduce(flat)
     dist.all_reduce(known)
-    parts = flat.split([grad.numel() for grad in grads])
+    parts = flat.split(list(map(len, grads)))
     for p, part, holders in zip(parameters, parts, known.tolist()):
         p.grad = part.view_as(p) if holders else None
 
@@ -1485,8 +1485,12 @@ def even_jobs(trainer, jobs):
     cfg = trainer.model.cfg
     blank = {"patches": torch.zeros(cfg.merge ** 2, 6 * cfg.patch ** 2, dtype=torch.uint8),
              "grids": torch.full((1, 2), cfg.merge)}
-    if any(gather(any(len(job.batch["patches"]) for job in jobs))):
-        jobs = [job if len(job.batch["patches"]) else job._replace(batch=job.batch | blank) for job in jobs]
+    pictures = [len(job.batch["patches"]) for job in jobs]
+    if any(gather(any(pictures))):
+        jobs = list(jobs)
+        for i, job in enumerate(jobs):
+            if not pictures[i]:
+                jobs[i] = job._replace(batch=job.batch | blank)
     return jobs + [jobs[0]._replace(weight=0.0)] * (max(counts) - len(jobs))
 
 
@@ -1579,10 +1583,10 @@ HEAL_PACKS = 2                       # a step and process: healing moves few map
 def convert(model, data, args):
     """GQA → M²LA (§3.2) → cached values, relative to GQA's.
 
-    Sum second moments of each layer's queries, keys and values: all that its new maps are computed from. Choose
-    ranks by the damage of cutting one layer and modality at a time; rebuild; heal if the damage of all passes
-    `ConvertSpec.tolerance` (healing turns gradients on by itself). The number of a step draws its packs: the
-    first ones calibrate, the next one judges, those after it heal."""
+    Sum second moments of each layer's queries, keys and values: all that its new maps are computed from.
+    Choose ranks by the damage of cutting one layer and modality at a time; rebuild; heal if the damage of all
+    passes `ConvertSpec.tolerance` (healing turns gradients on by itself). The number of a step draws its
+    packs: the first ones calibrate, the next one judges, those after it heal."""
     layers = model.language_model.layers
     released = args.attn == "released"
     spec = spec_of(FOLDABLE if released else {}, layers[0].self_attn, args.cache_share)
@@ -1591,8 +1595,7 @@ def convert(model, data, args):
     # Calibration: second moments of keys, values and queries.
     def calibration_batches():
         for step in tqdm(range(CALIBRATION_STEPS), desc="  convert"):
-            for batch in data.batches(step, recipe):
-                yield batch_to(batch, args.device)
+            yield from data.batches(step, recipe)
     calibration = calibrate(model, calibration_batches(), raw=released)
 
     # Damage: the KL from the source's predictions on other packs, as many as fit into memory.
@@ -1617,7 +1620,7 @@ def convert(model, data, args):
             if packs:
                 yield collate_packs(packs)
     spec = convert_layers(layers, calibration.moments, spec, damage, predict, healing_batches())
-    ranks = tuple(spec.layer_ranks(i) for i in range(len(layers)))
+    ranks = tuple(map(spec.layer_ranks, range(len(layers))))
     model.cfg = replace(model.cfg, attn=args.attn, rope_width=spec.rope_width, ranks=ranks)
     if released:
         for layer in layers:
@@ -1625,11 +1628,7 @@ def convert(model, data, args):
     return cache_ratio(spec, calibration.modules, calibration.moments[0].count.tolist())
 
 
-def batch_to(batch, device):
-    return {key: value.to(device) for key, value in batch.items()}
-
-
-def convert_stage(model, processor, args, start, data, held, before):
+def convert_stage(model, processor, args, start, data, held, loss_before):
     """GQA → M²LA into --out/convert, held-out loss before and after; a broken conversion stops here."""
     need(held, "--data: has one video (or eight texts) only, none can be held out to measure by; give --val "
          "F.jsonl")
@@ -1638,11 +1637,11 @@ def convert_stage(model, processor, args, start, data, held, before):
         data = Data(args.data_dir, CALIBRATION_MIX, processor, args.seed, "convert")
         data.skipped = stage_data.skipped                  # counted together
     ratio = convert(model, data, args)
-    after = loss_on(model, processor, held)
+    loss_after = loss_on(model, processor, held)
     print(f"convert: {ratio:.0%} of the cache, ranks (text, vision) {' '.join(map(str, model.cfg.ranks))}; "
-          f"held-out loss {before:.4f} → {after:.4f} nats")
-    need(after < before + args.max_damage,
-         f"convert: the held-out loss rose by {after - before:.3f} nats, more than --max-damage "
+          f"held-out loss {loss_before:.4f} → {loss_after:.4f} nats")
+    need(loss_after < loss_before + args.max_damage,
+         f"convert: the held-out loss rose by {loss_after - loss_before:.3f} nats, more than --max-damage "
          f"{args.max_damage}; calibrate on more data or raise the ranks")
 
     def leave():
@@ -1675,8 +1674,7 @@ def held_out(args, data, recipe):
 def loss_on(model, processor, held):
     """Mean nats per answer token."""
     tables = []
-    device = model.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with autocast(model.device.type):
         for rows, root in held:
             tables.append(evaluation.held_out_loss(model, processor, rows, root)[1])
     nats, tokens = np.concatenate(tables).sum(0)
@@ -1756,18 +1754,18 @@ def run_stage(name, args):
     # CPT: convert, and measure what that and the training do to rows which neither sees.
     held = held_out(args, data, recipe) if stage.converts else []
     converts = stage.converts and model.cfg.attn == "gqa" and args.attn != "gqa"
-    before = None
+    loss_before = None
     if held and (converts or args.data):
-        before = loss_on(model, processor, held)
+        loss_before = loss_on(model, processor, held)
     if converts:
-        convert_stage(model, processor, args, start, data, held, before)
+        convert_stage(model, processor, args, start, data, held, loss_before)
         start = args.out / "convert"
     kind = model.cfg.attn
     need(kind == args.attn, f"{start}: its attention is {kind}; run --stage cpt first or give --attn {kind}")
 
     stage.train(Trainer(model, processor, recipe, name, args, start), data)
     if held and args.data:
-        print(f"{name}: held-out loss {before:.4f} → {loss_on(model, processor, held):.4f} nats")
+        print(f"{name}: held-out loss {loss_before:.4f} → {loss_on(model, processor, held):.4f} nats")
     skipped = sum(gather(data.skipped), Counter())
     if skipped:
         print(f"{name}: skipped {skipped.total()} draws of unreadable videos; first: {next(iter(skipped))}")
@@ -1801,8 +1799,8 @@ def whole_recipe(args):
     results = results_of(scores, args)
     text = json.dumps(results, indent=1)
     once(lambda: write_atomic(args.out / "results.json", lambda p: p.write_text(text)))
-    once(lambda: bench_decode(args))
-    once(lambda: report(args.out))
+    once(lambda: bench_decode(args.out / "decode.json"))
+    once(lambda: succeeds("extras/report.py", args.out))   # one that cannot be drawn must not fail the run
     minutes = (time.monotonic() - began) / 60
     print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
 
@@ -1856,7 +1854,7 @@ def scores_of(stage, args):
         model, processor = load_model(args.out / stage, args.device)
         rows = load_rows(args.data_dir / "val.jsonl")
         loss, table = evaluation.held_out_loss(model, processor, rows, args.data_dir, name=f"{stage} loss")
-        clips = [clip_of(row) for row in rows]
+        clips = evaluation.clips_of(rows)
         scores = {"loss": loss, "loss_n": len(rows), "loss_ci": evaluation.interval(table, clips)}
         if stage in ("base", "convert", "cpt"):            # before SFT no model knows the test's formats
             return scores
@@ -1903,7 +1901,7 @@ def gap_closed(scores, args):
     for length in ("short", "long"):
         before, after, best = (scores[stage][length]["items"] for stage in ("rl", "opd", "teacher"))
         for row in load_rows(args.data_dir / f"test_{length}.jsonl"):
-            if row.get("kind", row["task"]) in kinds:
+            if evaluation.kind_of(row) in kinds:
                 item = row["id"]
                 clips.append(clip_of(row))
                 pairs.append((after[item] - before[item], best[item] - before[item]))
@@ -1917,35 +1915,31 @@ def gap_closed(scores, args):
             "gap": float(pairs[:, 1].mean()), "gap_kinds": kinds}
 
 
-def bench_decode(args):
+def bench_decode(file):
     """Decode times for the report, once; a run that cannot measure them is complete without."""
-    file = args.out / "decode.json"
     if file.is_file():
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")   # a token of a tiny model waits longer for a second thread
-    try:
-        command("extras/bench_decode.py", "--contexts", "1024,4096,16384", "--json", file)
-    except SystemExit:
+    if not succeeds("extras/bench_decode.py", "--contexts", "1024,4096,16384", "--json", file):
         print(f"no {file}: the report goes without decode times")
 
 
-def report(run):
-    """The run's tables and page. One that cannot be drawn must not fail the run that it is about."""
-    with suppress(SystemExit):                             # what is wrong was said
-        command("extras/report.py", run)
+def succeeds(script, *flags):
+    """Run another of our files, which has said what is wrong if it fails."""
+    try:
+        command(script, *flags)
+    except SystemExit:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def stage_names():
-    """Choices of --stage: X_short and X_long are the phases of X."""
-    return list(dict.fromkeys(re.sub("_(short|long)$", "", name) for name in STAGES))
-
-
 def parser_of(about):
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
-    add("--stage", choices=stage_names(), help="one stage; without it the whole recipe, tiny")
+    stages = dict.fromkeys(re.sub("_(short|long)$", "", name) for name in STAGES)
+    add("--stage", choices=list(stages), help="one stage; without it the whole recipe, tiny")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
     add("--attn", choices=["m2la", "gqa", "released"], default="m2la",
         help="attention; gqa: without conversion; released: the authors' linear layer, which save_hf writes")
@@ -1969,6 +1963,23 @@ def parser_of(about):
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
     add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
 
+    training_flags(parser)
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--teacher-device", help="opd: where the teacher is, cpu, cuda or cuda:1 (default: --device)")
+    add("--workers", type=int, default=0,
+        help="processes that prepare training batches (default 0: in this one)")
+    add("--jobs", type=int, help="processes that share each step (default: the CPU's cores, at most 4; with "
+        "a GPU 1, there `torchrun --nproc_per_node=N train.py` starts them)")
+    add("--fsdp", action="store_true",
+        help="cpt, sft: spread weights, gradients, optimizer state over the processes")
+    add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
+    return parser
+
+
+def training_flags(parser):
     add = parser.add_argument_group("training; without a flag the recipe decides").add_argument
     add("--steps", type=int, help="steps of the stage")
     add("--lr", type=float, help="peak learning rate")
@@ -2001,19 +2012,6 @@ def parser_of(about):
     add("--kl-form", choices=["full", "sampled"],
         help="opd: reverse KL over the vocabulary (default) or, the paper's form, of sampled tokens")
 
-    add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--teacher-device", help="opd: where the teacher is, cpu, cuda or cuda:1 (default: --device)")
-    add("--workers", type=int, default=0,
-        help="processes that prepare training batches (default 0: in this one)")
-    add("--jobs", type=int, help="processes that share each step (default: the CPU's cores, at most 4; with "
-        "a GPU 1, there `torchrun --nproc_per_node=N train.py` starts them)")
-    add("--fsdp", action="store_true",
-        help="cpt, sft: spread weights, gradients, optimizer state over the processes")
-    add("--save-every", type=float, default=20, help="seconds between checkpoints of a running stage")
-    return parser
-
 
 def check(args):
     """Say what is wrong with the flags, fill in what was left open → the stage; None: the whole recipe."""
@@ -2031,7 +2029,8 @@ def check(args):
     need(set(args.freeze) <= set(PARTS), f"--freeze {','.join(args.freeze)}: parts are {', '.join(PARTS)}")
     devices = ["cpu"]
     if torch.cuda.is_available():
-        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices += ["cuda", *numbered]
     for name in ("device", "teacher_device"):
         value = getattr(args, name)
         need(value in (*devices, None),
@@ -2067,9 +2066,8 @@ def main():
          "--fsdp: without --eval-every; score the finished stage with eval.py")
 
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
-    packs = args.packs
-    if not packs:
-        packs = min(STAGES[name].recipe.packs for name in ([stage] if stage else CHAIN))
+    stages = [stage] if stage else CHAIN
+    packs = args.packs or min(STAGES[name].recipe.packs for name in stages)
     count = int(os.environ.get("WORLD_SIZE", jobs))
     need(packs >= count, f"--packs {packs}: fewer videos a step than the {count} processes; lower --jobs")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ class ConversionBench:
 
     def encoded(self, rows, name):
         """[[Encoded, …] of a batch, …], sorted by length."""
-        batches = encoded_batches(self.processor, rows, self.root, BATCH, False, name, [])
+        batches = encoded_batches(self.processor, rows, self.root, BATCH, False, name)
         return [list(samples) for _, samples in batches]
 
     def collated(self, samples):
