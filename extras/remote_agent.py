@@ -33,7 +33,7 @@ from mcr_agent import FORCED, ModelFailed, ask_about, check_args, parser_of, win
 png = load_file("extras/report.py").png      # as the pages write frames
 LETTERS_PER_TOKEN = 4                        # of English text, about
 IMAGE_TOKENS = 256                           # of a frame, about: servers differ
-IMAGE_SIDE = 1024                            # pixels of a frame's longer side: more is sent for nothing
+IMAGE_SIDE = 1024                            # pixels of a frame's longer side, at most: a request holds many
 CHOICE_TOKENS = 16                           # of a reply that names a choice
 LETTERS_KEPT = 16                            # for each token asked for: a server may ignore max_tokens
 REPLY_BYTES = 2 ** 22                        # of a reply that is read at all
