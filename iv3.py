@@ -1342,9 +1342,9 @@ def prefill(model, batch, room, samples=1):
     """Fill a new cache with prompts, each `samples` times, every shared video once; leave `room` behind.
     → cache, hidden (B·samples, D) of each prompt's last token
 
-        heads, one a group    [system │ video]                    into the cache
-        expand                [system │ video] [system │ video]   a copy for each prompt of the group
-        tails, one a prompt   [What?]          [What colour?]     behind it
+        heads, one a group    [system │ video]                    into a cache
+        tails, one a prompt   └─ [What?]  └─ [What colour?]       into its branches
+        samples                  └─ └─       └─ └─                branches of these, still empty
     """
     groups = group_prompts(batch, model.vision_ids)
     heads = []                                           # what a group's prompts begin with, and its media
@@ -1353,22 +1353,22 @@ def prefill(model, batch, room, samples=1):
         heads.append(group.prompts[0].split(group.shared)[0])
         tails += [prompt.split(group.shared)[1] for prompt in group.prompts]
 
-    # Room for the longest prompt and what follows; of it, for the vision tokens of the one that has most.
-    longest = max(len(prompt.ids) for prompt in batch)
-    patches = max(int(prompt.grids.prod(1).sum()) for prompt in batch)
-    cache = model.new_cache(len(groups), longest + room, patches // model.cfg.merge ** 2)
-
+    # Room for the longest head; of it, for the vision tokens of the one that has most.
+    longest = max(len(head.ids) for head in heads)
+    patches = max(int(head.grids.prod(1).sum()) for head in heads)
+    cache = model.new_cache(len(groups), longest, patches // model.cfg.merge ** 2)
     model(**collate(heads, 0, model.device), cache=cache)
-    if len(groups) < len(batch):
-        sizes = [len(group.prompts) for group in groups]
-        cache = cache.expand(torch.tensor(sizes, device=model.device))
+
+    sizes = [len(group.prompts) for group in groups]
+    longest = max(len(tail.ids) for tail in tails)
+    cache = cache.branch(torch.tensor(sizes, device=model.device), longest + room)
     inputs = collate(tails, 0, model.device)
     hidden = model(**inputs, cache=cache)                                   # (B,T,D)
     # The last token that is no padding, of each prompt.
     prompts = torch.arange(len(batch), device=model.device)
     last = hidden[prompts, inputs["valid"].sum(1) - 1]                      # (B,D)
     if samples > 1:
-        cache = cache.expand(samples)
+        cache = cache.branch(samples, room)
         last = last.repeat_interleave(samples, 0)
     return cache, last
 

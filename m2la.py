@@ -200,32 +200,90 @@ class Attention(nn.Module):
 # New tokens are written behind the `count` that are held; new token t sees those, new ones before it, itself:
 #
 #     limit = count + 1 + arange(T)                    what each new token sees: rows[:limit[t]]
-#     rows[limit - 1] = new rows                       each layer: append
 #     attention of query t to rows[:limit[t]]          each layer: view, visible
 #     count = limit[-1]                                after the layers: commit
 #
 # So causality is one number per token, and no mask is kept. The next section does this for a batch of
 # sequences of different lengths and for two kinds of tokens; GQA uses it as the lines above say.
+#
+# Many new tokens (a prefill behind a long cache) would need a mask of T x N, which fused kernels dislike. Then
+# the keys are taken as two sets: the new tokens' own, which is plain causal attention, and what was held
+# before, which all of them see. Softmax over both is exact by the sets' log-sum-exps.
 
-# A prefill behind a long cache attends in blocks of queries: so many scores per KV head, 1 GB in fp32.
+class Share(NamedTuple):
+    """Attention over one of several disjoint sets of keys."""
+    out: torch.Tensor                    # (B,H,T,Dv) its own softmax's output
+    lse: torch.Tensor                    # (B,H,T) log-sum-exp of its scores
+
+
+# Where no kernel gives the log-sum-exps, so many scores are in memory at a time: 1 GB in fp32.
 BLOCK_SCORES = 2 ** 28
 
 
-def attend_cached(q, k, v, cache, scale):
-    """New tokens q (B,H,T,E) against all cached k, v (B,G,N,·), in blocks of bounded memory -> (B,T,H*Dv)."""
-    B, H, T, _ = q.shape
-    G, N = k.shape[1:3]
+def attend_set(q, k, v, scale, seen=None, causal=False):
+    """q (B,H,T,E) against a set of keys k, v (B,G,N,·) -> Share. seen (B,1,1 or T,N) bool; None: all, or causal."""
     Dv = v.shape[-1]
     v = widened(v, q)
-    # One new token of sequences that are equally long sees all rows: no mask is needed.
-    all_seen = T == 1 and cache.low == cache.high
+    shape = q.shape[:3]
+    groups = q.shape[1] // k.shape[1]
+    if causal:
+        k = k.repeat_interleave(groups, 1)                                       # (B,H,N,E)
+        v = v.repeat_interleave(groups, 1)
+    elif seen is not None and seen.shape[2] > 1:
+        seen = seen.repeat(1, 1, groups, 1)                                      # (B,1,T*H/G,N)
+    # As in `attend_grouped`, the queries of a KV head stand one after the other.
+    q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                        # (B,G,T*H/G,E)
 
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    if q.device.type == "cpu":
+        # No public function gives the log-sum-exp; this is what F.scaled_dot_product_attention calls here.
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    else:
+        out, lse = attend_plainly(q, k, v, scale, bias, causal)
+    if seen is not None:
+        lse = lse.masked_fill(~seen.any(-1), float("-inf"))                      # the kernel says 0
+    return Share(out[..., :Dv].reshape(*shape, Dv), lse.reshape(shape))
+
+
+def attend_plainly(q, k, v, scale, bias, causal):
+    """The same in plain PyTorch, in blocks of queries: q (B,G,T,E), k, v (B,G,N,E) -> out (B,G,T,E), lse (B,G,T)."""
+    B, G, T, _ = q.shape
+    N = k.shape[2]
     outs = []
-    block = max(1, BLOCK_SCORES // (N * B * (H // G)))
+    lses = []
+    block = max(1, BLOCK_SCORES // (B * G * N))
     for start in range(0, T, block):
-        mask = None if all_seen else cache.visible(start, start + block)
-        outs.append(attend_grouped(q[:, :, start:start + block], k, v, mask, scale))
-    return torch.cat(outs, 2)[..., :Dv].transpose(1, 2).flatten(2)
+        queries = slice(start, start + block)
+        s = (q[:, :, queries] @ k.mT).float() * scale                            # (B,G,t,N)
+        if causal:
+            token = torch.arange(T, device=q.device)
+            s = s.masked_fill(token > token[queries, None], float("-inf"))
+        if bias is not None:
+            s = s + (bias if bias.shape[2] == 1 else bias[:, :, queries])
+        lse = s.logsumexp(-1)
+        p = torch.exp(s - lse.clamp_min(torch.finfo(s.dtype).min)[..., None])
+        outs.append(p.to(v.dtype) @ v)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def merge_shares(lses):
+    """What each of J sets of keys has of the softmax over all of them: the softmax of their log-sum-exps.
+    Exact. lses (…,J), -inf for an empty set; all empty: any finite shares, their outputs are 0."""
+    lowest = torch.finfo(lses.dtype).min
+    return lses.clamp_min(lowest).softmax(-1)
+
+
+def merged(sets):
+    """Attention over all keys of some sets, as softmax over all of them would have it: list of Share -> (B,T,H*Dv)."""
+    shares = merge_shares(torch.stack([part.lse for part in sets], -1))          # (B,H,T,J)
+    out = 0
+    for j, part in enumerate(sets):
+        out = out + shares[..., j, None].to(part.out.dtype) * part.out
+    return out.transpose(1, 2).flatten(2)
 
 
 class GQA(Attention):
@@ -241,21 +299,40 @@ class GQA(Attention):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
 
-        if cache is not None:
-            rows = torch.cat([k, v], 2).flatten(2)                               # (B,T,2*G*Dh)
-            cache.append(layer, [rows])
-            if not cache.fresh:
-                rows, = cache.view(layer)                                        # (B,N,2*G*Dh)
-                rows = rows.unflatten(2, (2, self.kv_heads, self.head_dim))
-                k, v = rows.permute(2, 0, 3, 1, 4)                               # (B,G,N,Dh) each
-                out = attend_cached(q.transpose(1, 2), k, v, cache, self.scale)
-                return self.o_proj(out)
-            mask = cache.mask                                                    # nothing was cached before
-
         q = q.transpose(1, 2)                                                    # (B,H,T,Dh)
         k = k.transpose(1, 2)                                                    # (B,G,T,Dh)
         v = v.transpose(1, 2)
-        return self.o_proj(attend(q, k, v, mask, self.scale))
+        if cache is None:
+            return self.o_proj(attend(q, k, v, mask, self.scale))
+        cache.append(layer, [torch.cat([k, v], 1).transpose(1, 2).flatten(2)])   # (B,T,2*G*Dh)
+        if cache.fresh:                                                          # nothing was cached before
+            return self.o_proj(attend(q, k, v, cache.mask, self.scale))
+        return self.o_proj(self.attend_cached(q, k, v, cache, layer))
+
+    def attend_cached(self, q, k, v, cache, layer):
+        """New tokens q (B,H,T,Dh), k, v (B,G,T,Dh) against themselves and all that was cached -> (B,T,H*Dh)."""
+        sets = []
+        if q.shape[2] > DECODE:
+            sets.append(attend_set(q, k, v, self.scale, cache.mask, causal=cache.mask is None))
+        else:
+            # Few: they find themselves among the rows.
+            rows, = cache.view(layer)                                            # (B,N,2*G*Dh)
+            k, v = self.keys_and_values(rows)
+            seen = cache.visible()
+            if not cache.earlier:
+                out = attend_grouped(q, k, v, seen, self.scale)
+                return out.transpose(1, 2).flatten(2)
+            sets.append(attend_set(q, k, v, self.scale, seen))
+        for held in cache.earlier:
+            rows, = held.view(layer)
+            k, v = self.keys_and_values(rows)
+            sets.append(held.attend(q, k, v, self.scale))
+        return merged(sets)
+
+    def keys_and_values(self, rows):
+        """Cached rows (B,N,2*G*Dh) -> k, v (B,G,N,Dh) each."""
+        rows = rows.unflatten(2, (2, self.kv_heads, self.head_dim))
+        return rows.permute(2, 0, 3, 1, 4)
 
 
 # ----------------------------------------------------------------------------------------- the cache
@@ -274,12 +351,72 @@ class GQA(Attention):
 # Tokens of a segment stand in order, so that what a query sees of it is always its first rows. One number per
 # segment and token says causality, ragged batches and empty segments at once.
 
+class Held:
+    """Rows that a forward finds in a cache: those of the cache itself, or of one that it branched from.
+
+    Of that one's B' sequences each has some of the B branches, and all of them see all its rows. Their queries
+    are brought together, so that the rows are met once: (B,…) -> (B',most,…), where `most` is the largest number
+    of branches; fewer leave zeros."""
+
+    def __init__(self, cache, owner=None):
+        """owner (B,): the sequence that each branch came from, ascending; None: the cache's own sequences."""
+        self.cache = cache
+        self.owner = owner
+        self.high = list(cache.high)
+        self.counts = cache.counts.clone()                                       # (segments,B')
+        self.seen = None                                                         # (B',1,1,N), None: all rows
+        if cache.low != cache.high:
+            rows = [torch.arange(n, device=self.counts.device) < count[:, None]
+                    for n, count in zip(self.high, self.counts)]
+            self.seen = torch.cat(rows, 1)[:, None, None]
+
+        self.slot = None                                                         # places of the branches
+        if owner is not None:
+            branches = owner.bincount(minlength=len(self.counts[0]))             # (B',)
+            self.most = int(branches.max())
+            if int(branches.min()) < self.most:
+                first = branches.cumsum(0) - branches
+                number = torch.arange(len(owner), device=owner.device) - first[owner]
+                self.slot = owner * self.most + number
+
+    def view(self, layer):
+        """For each segment its rows (B',N,width)."""
+        return [rows[:, :n] for rows, n in zip(self.cache.rows[layer], self.high)]
+
+    def gather(self, x):
+        """x (B,T,…) -> (B',most*T,…): what belongs to branches of one sequence, side by side."""
+        if self.owner is None:
+            return x
+        size = len(self.counts[0]) * self.most
+        if self.slot is not None:
+            x = x.new_zeros(size, *x.shape[1:]).index_copy_(0, self.slot, x)
+        return x.reshape(-1, self.most * x.shape[1], *x.shape[2:])
+
+    def spread(self, x, T):
+        """The reverse: x (B',most*T,…) -> (B,T,…)."""
+        if self.owner is None:
+            return x
+        x = x.reshape(-1, T, *x.shape[2:])
+        return x if self.slot is None else x[self.slot]
+
+    def attend(self, q, k, v, scale):
+        """The branches' queries q (B,H,T,E) against this cache's k, v (B',G,N,·) -> Share."""
+        T = q.shape[2]
+        q = self.gather(q.transpose(1, 2)).transpose(1, 2)                       # (B',H,most*T,E)
+        share = attend_set(q, k, v, scale, self.seen)
+        out, lse = (self.spread(x.transpose(1, 2), T).transpose(1, 2) for x in share)
+        return Share(out, lse)
+
+
 class Cache:
     """Preallocated rows for all layers, in segments; the tokens of a segment are appended in order.
 
     A forward calls `begin` once, `append` and `view` in each layer, `commit` once. Counts live on the device;
     the host only keeps bounds on them, low <= counts <= high, so that decoding never waits for the GPU. A
-    spare row behind each segment takes what does not belong there (padding, other tokens); it is not read."""
+    spare row behind each segment takes what does not belong there (padding, other tokens); it is not read.
+
+    A cache can branch: its branches see its rows, which are not copied, and append to rows of their own. All
+    that is said of a branch (lengths, capacity, bytes) is about its own tokens."""
 
     def __init__(self, widths, batch, capacities, dtype=torch.float32, device="cpu"):
         """widths: per layer, one row width per segment; capacities: rows per sequence of each segment."""
@@ -296,6 +433,8 @@ class Cache:
         self.counts = torch.zeros(segments, batch, dtype=torch.long, device=device)
         self.low = [0] * segments
         self.high = [0] * segments
+        # What it branched from, the nearest first.
+        self.ancestors = []
         # Index of the spare row, (segments,1,1).
         self.spare = torch.tensor(self.capacity, device=device)[:, None, None]
         # The segment of each held token in the order they came (for `truncate`), and a place for what is not.
@@ -328,11 +467,17 @@ class Cache:
         # spare one; so too if a replayed CUDA graph runs past the capacity. (segments,B,T)
         self.places = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)
 
-        # Mask: with nothing cached the layers attend among the new tokens alone (None = causal). Padding is
-        # seen by nobody but itself: a softmax over nothing would be NaN. (B,1,T,T)
-        self.fresh = not any(self.high)
+        # Many new tokens attend to themselves and to what was there before; few find themselves among the
+        # cache's own rows. With nothing cached all attend to themselves alone.
+        self.earlier = list(self.ancestors)
+        if T > DECODE and any(self.high):
+            self.earlier.append(Held(self))
+        self.fresh = not any(self.high) and not self.ancestors
+
+        # Mask of the new tokens, None = causal. Padding behind the others is seen by none of them; elsewhere by
+        # nobody but itself: a softmax over nothing would be NaN. (B,1,T,T)
         self.mask = None
-        if self.fresh and valid is not None:
+        if valid is not None and bool((valid[:, 1:] > valid[:, :-1]).any()):
             itself = torch.eye(T, dtype=torch.bool, device=vision.device)
             causal = torch.ones_like(itself).tril()
             self.mask = (causal & valid[:, None, None, :]) | itself
@@ -370,9 +515,11 @@ class Cache:
         """The rows that may be in use: for each segment (B,N,width)."""
         return [rows[:, :n] for rows, n in zip(self.rows[layer], self.high)]
 
-    def visible(self, start, stop):
-        """Mask (B,1,t,N) of the new tokens start..stop over the segments' rows side by side."""
-        masks = [torch.arange(n, device=limit.device) < limit[:, None, start:stop, None]
+    def visible(self):
+        """Mask (B,1,T,N) of the new tokens over the segments' rows side by side; None: they see all."""
+        if self.limits.shape[2] == 1 and self.low == self.high:
+            return None
+        masks = [torch.arange(n, device=limit.device) < limit[:, None, :, None]
                  for n, limit in zip(self.high, self.limits)]
         return torch.cat(masks, dim=-1)
 
@@ -390,13 +537,27 @@ class Cache:
         self.high = self.counts.amax(1).tolist()
 
     def expand(self, times):
-        """A new cache with each sequence repeated `times`, an int or (B,): group sampling; 0 drops it."""
+        """A new cache with a copy of each sequence's own rows `times`, an int or (B,); 0 drops the sequence."""
         new = copy.copy(self)
+        new.ancestors = [Held(held.cache, held.owner.repeat_interleave(times)) for held in self.ancestors]
         new.rows = []
         for layer_rows in self.rows:
             new.rows.append([rows.repeat_interleave(times, 0) for rows in layer_rows])
         new.counts = self.counts.repeat_interleave(times, 1)
         new.order = self.order.repeat_interleave(times, 0)
+        return new
+
+    def branch(self, times, room):
+        """A new cache of `times` branches, an int or (B,), of each sequence, with room for so many tokens of text
+        in each: questions about one video, samples of one prompt. This cache must not grow any more."""
+        widths = [[rows.shape[2] for rows in layer_rows] for layer_rows in self.rows]
+        like = self.rows[0][0]
+        itself = torch.arange(len(like), device=like.device).repeat_interleave(times)
+        capacities = [room] + [0] * (len(self.capacity) - 1)
+        new = Cache(widths, len(itself), capacities, like.dtype, like.device)
+        new.ancestors = [Held(self, itself)]
+        for held in self.ancestors:
+            new.ancestors.append(Held(held.cache, held.owner.repeat_interleave(times)))
         return new
 
     def nbytes(self):
@@ -628,13 +789,6 @@ def latent_attend(q, rows, limits, rank, scale, backend=None):
         return run(q.to(rows.dtype), rows, limits, rank, scale)
 
 
-def merge_shares(lses):
-    """What each of J sets of keys has of the softmax over all of them: the softmax of their log-sum-exps.
-    Exact. lses (…,J), -inf for an empty set; all empty: any finite shares, their outputs are 0."""
-    lowest = torch.finfo(lses.dtype).min
-    return lses.clamp_min(lowest).softmax(-1)
-
-
 # ---------------------------------------------------------------------------------------------- M²LA
 
 class Latents(NamedTuple):
@@ -699,10 +853,9 @@ class M2LA(Attention):
         if cache is not None:
             # A row for either segment; the cache keeps that of the token's modality.
             cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
-            if not cache.fresh:
-                attend_rows = self.attend_absorbed if x.shape[1] <= DECODE else self.attend_rebuilt
-                return self.o_proj(attend_rows(q_nope, q_rope, cache, layer))
-            mask = cache.mask                                                    # nothing was cached before
+            if x.shape[1] <= DECODE and not cache.fresh:
+                return self.o_proj(self.attend_absorbed(q_nope, q_rope, cache, layer))
+            mask = cache.mask
 
         # Keys and values of the new tokens, each by the decoder of its modality.
         text, sight = (F.linear(c, *decoder) for c, decoder in zip(latents, self.decoders()))
@@ -714,32 +867,35 @@ class M2LA(Attention):
         k_rope = k_rope[:, None].expand(-1, self.kv_heads, -1, -1)               # (B,G,T,P)
         k = torch.cat([k_nope, k_rope], -1)                                      # (B,G,T,Dh+P)
         q = torch.cat([q_nope, q_rope], -1)                                      # (B,H,T,Dh+P)
-        return self.o_proj(attend(q, k, v, mask, self.scale))
+        if cache is None or cache.fresh:
+            return self.o_proj(attend(q, k, v, mask, self.scale))
+        return self.o_proj(self.attend_rebuilt(q, k, v, cache, layer))
 
-    def attend_rebuilt(self, q_nope, q_rope, cache, layer):
-        """Many new tokens: rebuild k, v from the cached rows, by each segment's decoder -> (B,T,H*Dh).
-        One KV head at a time: of all heads they would be four times as large as the layer's rows."""
-        # Decoders by KV head: weights (2,G,Dh,R), biases (2,G,Dh).
-        decoders = []
-        for weight, bias in self.decoders():
-            by_head = (2, self.kv_heads, -1)
-            decoders.append((weight.unflatten(0, by_head), bias.unflatten(0, by_head)))
-
+    def attend_rebuilt(self, q, k, v, cache, layer):
+        """Many new tokens, q (B,H,T,Dh+P), k, v (B,G,T,·), against themselves and all that was cached, whose keys
+        and values are rebuilt -> (B,T,H*Dh). One KV head at a time: of all heads they would be four times as large
+        as the layer's rows."""
         outs = []
-        queries = torch.cat([q_nope, q_rope], -1).chunk(self.kv_heads, 1)
-        for g, q in enumerate(queries):                                          # (B,H/G,T,Dh+P)
-            keys = []
-            values = []
-            for (weight, bias), rank, rows in zip(decoders, self.ranks, cache.view(layer)):
-                # One segment's rows (B,N,R+P) -> keys (B,N,Dh+P), values (B,N,Dh) of KV head g.
-                kv = F.linear(rows[..., :rank], weight[:, g].flatten(0, 1), bias[:, g].flatten())
-                k_nope, v = kv.chunk(2, -1)
-                keys.append(torch.cat([k_nope, rows[..., rank:]], -1))
-                values.append(v)
-            k = torch.cat(keys, 1)[:, None]                              # (B,1,N,Dh+P), segments side by side
-            v = torch.cat(values, 1)[:, None]
-            outs.append(attend_cached(q, k, v, cache, self.scale))
+        for g, queries in enumerate(q.chunk(self.kv_heads, 1)):                  # (B,H/G,T,Dh+P)
+            own = slice(g, g + 1)
+            sets = [attend_set(queries, k[:, own], v[:, own], self.scale, cache.mask, cache.mask is None)]
+            for held in cache.earlier:
+                sets.append(held.attend(queries, *self.rebuilt(held, layer, g), self.scale))
+            outs.append(merged(sets))
         return torch.cat(outs, -1)
+
+    def rebuilt(self, held, layer, g):
+        """Keys (B',1,N,Dh+P) and values (B',1,N,Dh) of KV head g from cached rows, the segments side by side."""
+        keys = []
+        values = []
+        for (weight, bias), rank, rows in zip(self.decoders(), self.ranks, held.view(layer)):
+            # One segment's rows (B',N,R+P), by its decoder: weight (2*Dh,R), bias (2*Dh,) of this head.
+            weight = weight.unflatten(0, (2, self.kv_heads, -1))[:, g].flatten(0, 1)
+            bias = bias.unflatten(0, (2, self.kv_heads, -1))[:, g].flatten()
+            k_nope, v = F.linear(rows[..., :rank], weight, bias).chunk(2, -1)
+            keys.append(torch.cat([k_nope, rows[..., rank:]], -1))
+            values.append(v)
+        return torch.cat(keys, 1)[:, None], torch.cat(values, 1)[:, None]
 
     def attend_absorbed(self, q_nope, q_rope, cache, layer):
         """Few new tokens: queries meet the cached rows themselves -> (B,T,H*Dh).
@@ -752,6 +908,10 @@ class M2LA(Attention):
 
         attended = []
         for segment, (weight, bias) in enumerate(self.decoders()):
+            own = cache.high[segment] > 0
+            earlier = [held for held in cache.earlier if held.high[segment] > 0]
+            if not own and not earlier:
+                continue                                                         # no rows of this modality
             rank = self.ranks[segment]
             up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)      # (G,Dh,R) each
             bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)       # (G,1,Dh) each
@@ -759,8 +919,22 @@ class M2LA(Attention):
             # Uᵀ q_nope beside q_rope meets [c | k_rope].
             q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)   # (B,T,H,R)
             q_row = torch.cat([q_latent, q_rope], -1)                            # (B,T,H,W)
-            rows = cache.rows[layer][segment]
-            out, lse = latent_attend(q_row, rows, cache.limits[segment], rank, self.scale)
+            outs = []
+            lses = []
+            if own:
+                rows = cache.rows[layer][segment]
+                out, lse = latent_attend(q_row, rows, cache.limits[segment], rank, self.scale)
+                outs.append(out)
+                lses.append(lse)
+            for held in earlier:
+                rows = held.cache.rows[layer][segment]
+                queries = held.gather(q_row)                                     # (B',most*T,H,W)
+                limits = held.counts[segment][:, None].expand(queries.shape[:2])
+                out, lse = latent_attend(queries, rows, limits, rank, self.scale)
+                outs.append(held.spread(out, q.shape[1]))
+                lses.append(held.spread(lse, q.shape[1]))
+            out = torch.cat(outs, 3)                                             # (B,T,H,J,R)
+            lse = torch.cat(lses, 3)                                             # (B,T,H,J)
 
             # scale * q_nope·b is in all scores of the segment.
             bias_score = (q * bias_k).sum(-1).flatten(2)                         # (B,T,H)
