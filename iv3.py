@@ -506,11 +506,14 @@ class InternVideo3(nn.Module):
             part = slice(start, start + PREFILL)
             part_vision = vision[:, part]
             part_valid = None if valid is None else valid[:, part]
-            part_rope = tuple(r[:, part] for r in rope)                     # cos, sin (B,t,Dh/2)
-            part_deep = [d[:, part] for d in deep]
             # The cache finds a place for each new token, the layers write the rows, then they count as held.
+            # Padding takes no part in the layers.
             cache.begin(part_vision, part_valid)
-            out = self.run_layers(x[:, part], part_deep, rope=part_rope, vision=part_vision, cache=cache)
+            part_rope = tuple(cache.unpad(r[:, part]) for r in rope)        # cos, sin (B,t,Dh/2)
+            part_deep = [cache.unpad(d[:, part]) for d in deep]
+            out = self.run_layers(cache.unpad(x[:, part]), part_deep, rope=part_rope,
+                                  vision=cache.unpad(part_vision), cache=cache)
+            out = cache.pad(out)
             cache.commit()
             outs.append(out)
         return torch.cat(outs, 1)

@@ -299,20 +299,25 @@ class GQA(Attention):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
 
+        if cache is not None:
+            cache.append(layer, [torch.cat([k, v], 2).flatten(2)])               # (B,T,2*G*Dh)
+            q, k, v = (cache.pad(x) for x in (q, k, v))
+            mask = cache.mask
         q = q.transpose(1, 2)                                                    # (B,H,T,Dh)
         k = k.transpose(1, 2)                                                    # (B,G,T,Dh)
         v = v.transpose(1, 2)
         if cache is None:
             return self.o_proj(attend(q, k, v, mask, self.scale))
-        cache.append(layer, [torch.cat([k, v], 1).transpose(1, 2).flatten(2)])   # (B,T,2*G*Dh)
         if cache.fresh:                                                          # nothing was cached before
-            return self.o_proj(attend(q, k, v, cache.mask, self.scale))
-        return self.o_proj(self.attend_cached(q, k, v, cache, layer))
+            out = attend(q, k, v, mask, self.scale)
+        else:
+            out = self.attend_cached(q, k, v, cache, layer)
+        return self.o_proj(cache.unpad(out))
 
     def attend_cached(self, q, k, v, cache, layer):
         """New tokens q (B,H,T,Dh), k, v (B,G,T,Dh) against themselves and all that was cached -> (B,T,H*Dh)."""
         sets = []
-        if q.shape[2] > DECODE:
+        if not cache.few:
             sets.append(attend_set(q, k, v, self.scale, cache.mask, causal=cache.mask is None))
         else:
             # Few: they find themselves among the rows.
@@ -415,6 +420,9 @@ class Cache:
     the host only keeps bounds on them, low <= counts <= high, so that decoding never waits for the GPU. A
     spare row behind each segment takes what does not belong there (padding, other tokens); it is not read.
 
+    What is done token by token is done without padding: between `begin` and `commit`, the tokens of a batch that
+    has some stand in one sequence, (B,T,…) -> (1,N,…) by `unpad`, and only attention has them apart, by `pad`.
+
     A cache can branch: its branches see its rows, which are not copied, and append to rows of their own. All
     that is said of a branch (lengths, capacity, bytes) is about its own tokens."""
 
@@ -466,18 +474,29 @@ class Cache:
         # Places: the row that a token is written to. In its own segment the last that it sees, elsewhere the
         # spare one; so too if a replayed CUDA graph runs past the capacity. (segments,B,T)
         self.places = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)
+        self.sequence = torch.arange(len(vision), device=vision.device)[:, None]         # (B,1)
+
+        # Tokens that are no padding, as numbers b*T + t, (N,); None: all, or nobody asks.
+        self.shape = vision.shape
+        self.tokens = None
+        if valid is not None and ask:
+            self.tokens = valid.flatten().nonzero()[:, 0]
+            self.places = self.places.flatten(1)[:, None, self.tokens]                   # (segments,1,N)
+            self.sequence = self.sequence.expand_as(vision).flatten()[None, self.tokens]     # (1,N)
 
         # Many new tokens attend to themselves and to what was there before; few find themselves among the
         # cache's own rows. With nothing cached all attend to themselves alone.
+        self.few = T <= DECODE
         self.earlier = list(self.ancestors)
-        if T > DECODE and any(self.high):
+        if not self.few and any(self.high):
             self.earlier.append(Held(self))
         self.fresh = not any(self.high) and not self.ancestors
 
         # Mask of the new tokens, None = causal. Padding behind the others is seen by none of them; elsewhere by
         # nobody but itself: a softmax over nothing would be NaN. (B,1,T,T)
         self.mask = None
-        if valid is not None and bool((valid[:, 1:] > valid[:, :-1]).any()):
+        alone = self.fresh or not self.few                                       # do they meet as a set of their own?
+        if valid is not None and alone and (valid[:, 1:] > valid[:, :-1]).any():
             itself = torch.eye(T, dtype=torch.bool, device=vision.device)
             causal = torch.ones_like(itself).tril()
             self.mask = (causal & valid[:, None, None, :]) | itself
@@ -505,11 +524,23 @@ class Cache:
         self.low = low
         self.high = high
 
+    def unpad(self, x):
+        """x (B,T,…) -> (1,N,…), the tokens that are no padding; x itself if it has none."""
+        return x if self.tokens is None else x.flatten(0, 1)[None, self.tokens]
+
+    def pad(self, x):
+        """The reverse: x (1,N,…) -> (B,T,…), with zeros at the padding."""
+        if self.tokens is None:
+            return x
+        B, T = self.shape
+        padded = x.new_zeros(B * T, *x.shape[2:])
+        return padded.index_copy_(0, self.tokens, x[0]).unflatten(0, (B, T))
+
     def append(self, layer, rows):
-        """Write the new tokens' rows: for each segment (B,T,width), of all tokens. `places` sorts them."""
-        batch = torch.arange(self.counts.shape[1], device=self.counts.device)[:, None]
+        """Write the new tokens' rows: for each segment (B,T,width) or (1,N,width), of all tokens. `places` sorts
+        them."""
         for held, places, new in zip(self.rows[layer], self.places, rows):
-            held[batch, places] = new.to(held.dtype)
+            held[self.sequence, places] = new.to(held.dtype)
 
     def view(self, layer):
         """The rows that may be in use: for each segment (B,N,width)."""
@@ -853,9 +884,9 @@ class M2LA(Attention):
         if cache is not None:
             # A row for either segment; the cache keeps that of the token's modality.
             cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
-            if x.shape[1] <= DECODE and not cache.fresh:
-                return self.o_proj(self.attend_absorbed(q_nope, q_rope, cache, layer))
-            mask = cache.mask
+            if cache.few and not cache.fresh:
+                out = self.attend_absorbed(q_nope, q_rope, cache, layer)
+                return self.o_proj(cache.unpad(out))
 
         # Keys and values of the new tokens, each by the decoder of its modality.
         text, sight = (F.linear(c, *decoder) for c, decoder in zip(latents, self.decoders()))
@@ -867,9 +898,14 @@ class M2LA(Attention):
         k_rope = k_rope[:, None].expand(-1, self.kv_heads, -1, -1)               # (B,G,T,P)
         k = torch.cat([k_nope, k_rope], -1)                                      # (B,G,T,Dh+P)
         q = torch.cat([q_nope, q_rope], -1)                                      # (B,H,T,Dh+P)
-        if cache is None or cache.fresh:
+        if cache is None:
             return self.o_proj(attend(q, k, v, mask, self.scale))
-        return self.o_proj(self.attend_rebuilt(q, k, v, cache, layer))
+        q, k, v = (cache.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+        if cache.fresh:
+            out = attend(q, k, v, cache.mask, self.scale)
+        else:
+            out = self.attend_rebuilt(q, k, v, cache, layer)
+        return self.o_proj(cache.unpad(out))
 
     def attend_rebuilt(self, q, k, v, cache, layer):
         """Many new tokens, q (B,H,T,Dh+P), k, v (B,G,T,·), against themselves and all that was cached, whose keys
@@ -902,8 +938,8 @@ class M2LA(Attention):
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
         And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
-        q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
+        q_nope = cache.pad(q_nope.transpose(1, 2))                               # (B,T,H,Dh)
+        q_rope = cache.pad(q_rope.transpose(1, 2))                               # (B,T,H,P)
         q = q_nope.unflatten(2, (self.kv_heads, -1))                             # (B,T,G,H/G,Dh)
 
         attended = []

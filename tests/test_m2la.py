@@ -277,10 +277,16 @@ def test_merge_of_unequal_and_empty_sets():
 
 def feed(module, cache, x, rope, vision, start, stop, valid=None):
     part = slice(start, stop)
-    cache.begin(vision[:, part], valid)
-    out = module(x[:, part], tuple(r[:, part] for r in rope), vision[:, part], cache=cache)
+    out = forward(module, cache, x[:, part], [r[:, part] for r in rope], vision[:, part], valid)
     cache.commit()
     return out
+
+
+def forward(module, cache, x, rope, vision, valid=None):
+    """One forward of a layer with its cache, as the model makes it: without padding between begin and pad."""
+    cache.begin(vision, valid)
+    x, cos, sin, vision = (cache.unpad(part) for part in (x, *rope, vision))
+    return cache.pad(module(x, (cos, sin), vision, cache=cache))
 
 
 KINDS = ["gqa", "m2la"]
@@ -384,8 +390,7 @@ def test_ragged_batch(kind, side, prefill):
     index = index.clamp(0, 39)
     pick = [torch.take_along_dim(t, index[..., None], 1) for t in (x, *rope)]
     cache = new_cache(kind, 3)
-    cache.begin(vision.gather(1, index), valid)
-    first = module(pick[0], pick[1:], vision.gather(1, index), cache=cache)
+    first = forward(module, cache, pick[0], pick[1:], vision.gather(1, index), valid)
     cache.commit()
     assert torch.equal(cache.lengths, lengths)
     for length in (1, 12):                                                               # decode, then a long chunk
@@ -393,8 +398,7 @@ def test_ragged_batch(kind, side, prefill):
         pick = [torch.take_along_dim(t, index[..., None], 1) for t in (x, *rope)]
         going = torch.tensor([True, True, length > 1])[:, None].expand(3, length)        # the empty one still waits
         before = cache.lengths.clone()
-        cache.begin(vision.gather(1, index), going)
-        out = module(pick[0], pick[1:], vision.gather(1, index), cache=cache)
+        out = forward(module, cache, pick[0], pick[1:], vision.gather(1, index), going)
         cache.commit()
         for b in range(3):
             end = int(cache.lengths[b])
