@@ -248,6 +248,19 @@ def attend_set(q, k, v, scale, seen=None, causal=False):
     return Share(out[..., :Dv].reshape(*shape, Dv), lse.reshape(shape))
 
 
+def attend_new(q, k, v, cache, scale):
+    """New tokens q (B,H,T,E), k, v (B,G,T,·) among themselves, where nothing was cached -> (B,T,H*Dv)."""
+    q, k, v = (cache.pad(x, 2) for x in (q, k, v))
+    return cache.unpad(attend(q, k, v, cache.mask, scale))
+
+
+def new_share(q, k, v, cache, scale):
+    """The same as one set of several -> Share."""
+    q, k, v = (cache.pad(x, 2) for x in (q, k, v))
+    out, lse = attend_set(q, k, v, scale, cache.mask, causal=cache.mask is None)
+    return Share(cache.unpad(out, 2), cache.unpad(lse, 2))
+
+
 def attend_plainly(q, k, v, scale, bias, causal):
     """The same in plain PyTorch, in blocks of queries: q (B,G,T,E), k, v (B,G,N,E) -> out (B,G,T,E), lse (B,G,T)."""
     B, G, T, _ = q.shape
@@ -301,37 +314,34 @@ class GQA(Attention):
 
         if cache is not None:
             cache.append(layer, [torch.cat([k, v], 2).flatten(2)])               # (B,T,2*G*Dh)
-            q, k, v = (cache.pad(x) for x in (q, k, v))
-            mask = cache.mask
         q = q.transpose(1, 2)                                                    # (B,H,T,Dh)
         k = k.transpose(1, 2)                                                    # (B,G,T,Dh)
         v = v.transpose(1, 2)
         if cache is None:
-            return self.o_proj(attend(q, k, v, mask, self.scale))
-        if cache.fresh:                                                          # nothing was cached before
             out = attend(q, k, v, mask, self.scale)
+        elif cache.fresh:                                                        # nothing was cached before
+            out = attend_new(q, k, v, cache, self.scale)
         else:
             out = self.attend_cached(q, k, v, cache, layer)
-        return self.o_proj(cache.unpad(out))
+        return self.o_proj(out)
 
     def attend_cached(self, q, k, v, cache, layer):
         """New tokens q (B,H,T,Dh), k, v (B,G,T,Dh) against themselves and all that was cached -> (B,T,H*Dh)."""
-        sets = []
-        if not cache.few:
-            sets.append(attend_set(q, k, v, self.scale, cache.mask, causal=cache.mask is None))
-        else:
-            # Few: they find themselves among the rows.
-            rows, = cache.view(layer)                                            # (B,N,2*G*Dh)
+        if cache.few:
+            # They find themselves among the rows, (B,N,2*G*Dh).
+            rows, = cache.view(layer)
             k, v = self.keys_and_values(rows)
             seen = cache.visible()
             if not cache.earlier:
-                out = attend_grouped(q, k, v, seen, self.scale)
-                return out.transpose(1, 2).flatten(2)
-            sets.append(attend_set(q, k, v, self.scale, seen))
+                out = attend_grouped(cache.pad(q, 2), k, v, seen, self.scale)
+                return cache.unpad(out.transpose(1, 2).flatten(2))
+            own = attend_set(cache.pad(q, 2), k, v, self.scale, seen)
+            sets = [Share(cache.unpad(own.out, 2), cache.unpad(own.lse, 2))]
+        else:
+            sets = [new_share(q, k, v, cache, self.scale)]
         for held in cache.earlier:
             rows, = held.view(layer)
-            k, v = self.keys_and_values(rows)
-            sets.append(held.attend(q, k, v, self.scale))
+            sets.append(held.attend(q, *self.keys_and_values(rows), self.scale))
         return merged(sets)
 
     def keys_and_values(self, rows):
@@ -359,57 +369,54 @@ class GQA(Attention):
 class Held:
     """Rows that a forward finds in a cache: those of the cache itself, or of one that it branched from.
 
-    Of that one's B' sequences each has some of the B branches, and all of them see all its rows. Their queries
-    are brought together, so that the rows are met once: (B,…) -> (B',most,…), where `most` is the largest number
-    of branches; fewer leave zeros."""
+    Each of that cache's B' sequences is seen by the tokens of some branches, which see all its rows. Their queries
+    are brought together, so that the rows are met once: (tokens,…) -> (B',most,…), where `most` is the largest
+    number of tokens that see one sequence; fewer leave zeros."""
 
-    def __init__(self, cache, owner=None):
-        """owner (B,): the sequence that each branch came from, ascending; None: the cache's own sequences."""
+    def __init__(self, cache, owner):
+        """owner (tokens,): the sequence whose rows each new token sees, ascending."""
         self.cache = cache
-        self.owner = owner
         self.high = list(cache.high)
         self.counts = cache.counts.clone()                                       # (segments,B')
         self.seen = None                                                         # (B',1,1,N), None: all rows
         if cache.low != cache.high:
-            rows = [torch.arange(n, device=self.counts.device) < count[:, None]
+            rows = [torch.arange(n, device=owner.device) < count[:, None]
                     for n, count in zip(self.high, self.counts)]
             self.seen = torch.cat(rows, 1)[:, None, None]
 
-        self.slot = None                                                         # places of the branches
-        if owner is not None:
-            branches = owner.bincount(minlength=len(self.counts[0]))             # (B',)
-            self.most = int(branches.max())
-            if int(branches.min()) < self.most:
-                first = branches.cumsum(0) - branches
-                number = torch.arange(len(owner), device=owner.device) - first[owner]
-                self.slot = owner * self.most + number
+        tokens = owner.bincount(minlength=len(self.counts[0]))                   # (B',)
+        self.most = int(tokens.max())
+        self.slot = None                                                         # of each token; None: in order
+        if int(tokens.min()) < self.most:
+            first = tokens.cumsum(0) - tokens
+            number = torch.arange(len(owner), device=owner.device) - first[owner]
+            self.slot = owner * self.most + number
 
     def view(self, layer):
         """For each segment its rows (B',N,width)."""
         return [rows[:, :n] for rows, n in zip(self.cache.rows[layer], self.high)]
 
     def gather(self, x):
-        """x (B,T,…) -> (B',most*T,…): what belongs to branches of one sequence, side by side."""
-        if self.owner is None:
-            return x
-        size = len(self.counts[0]) * self.most
+        """x (B,T,…) or (1,N,…) -> (B',most,…): what sees one sequence, side by side."""
+        x = x.flatten(0, 1)
         if self.slot is not None:
-            x = x.new_zeros(size, *x.shape[1:]).index_copy_(0, self.slot, x)
-        return x.reshape(-1, self.most * x.shape[1], *x.shape[2:])
+            room = x.new_zeros(len(self.counts[0]) * self.most, *x.shape[1:])
+            x = room.index_copy_(0, self.slot, x)
+        return x.unflatten(0, (-1, self.most))
 
-    def spread(self, x, T):
-        """The reverse: x (B',most*T,…) -> (B,T,…)."""
-        if self.owner is None:
-            return x
-        x = x.reshape(-1, T, *x.shape[2:])
-        return x if self.slot is None else x[self.slot]
+    def spread(self, x, shape):
+        """The reverse: x (B',most,…) -> (B,T,…) or (1,N,…), as `shape` begins."""
+        x = x.flatten(0, 1)
+        if self.slot is not None:
+            x = x[self.slot]
+        return x.unflatten(0, shape[:2])
 
     def attend(self, q, k, v, scale):
-        """The branches' queries q (B,H,T,E) against this cache's k, v (B',G,N,·) -> Share."""
-        T = q.shape[2]
-        q = self.gather(q.transpose(1, 2)).transpose(1, 2)                       # (B',H,most*T,E)
-        share = attend_set(q, k, v, scale, self.seen)
-        out, lse = (self.spread(x.transpose(1, 2), T).transpose(1, 2) for x in share)
+        """q (B,H,T,E), the new tokens' queries, against k, v (B',G,N,·) of this cache -> Share."""
+        q = q.transpose(1, 2)                                                    # (B,T,H,E)
+        queries = self.gather(q).transpose(1, 2)                                 # (B',H,most,E)
+        share = attend_set(queries, k, v, scale, self.seen)
+        out, lse = (self.spread(x.transpose(1, 2), q.shape).transpose(1, 2) for x in share)
         return Share(out, lse)
 
 
@@ -441,7 +448,7 @@ class Cache:
         self.counts = torch.zeros(segments, batch, dtype=torch.long, device=device)
         self.low = [0] * segments
         self.high = [0] * segments
-        # What it branched from, the nearest first.
+        # What it branched from, the nearest first: (a cache, the sequence of it that each sequence here continues).
         self.ancestors = []
         # Index of the spare row, (segments,1,1).
         self.spare = torch.tensor(self.capacity, device=device)[:, None, None]
@@ -474,7 +481,7 @@ class Cache:
         # Places: the row that a token is written to. In its own segment the last that it sees, elsewhere the
         # spare one; so too if a replayed CUDA graph runs past the capacity. (segments,B,T)
         self.places = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)
-        self.sequence = torch.arange(len(vision), device=vision.device)[:, None]         # (B,1)
+        self.batch = torch.arange(len(vision), device=vision.device)[:, None].expand_as(vision)      # (B,T)
 
         # Tokens that are no padding, as numbers b*T + t, (N,); None: all, or nobody asks.
         self.shape = vision.shape
@@ -482,15 +489,16 @@ class Cache:
         if valid is not None and ask:
             self.tokens = valid.flatten().nonzero()[:, 0]
             self.places = self.places.flatten(1)[:, None, self.tokens]                   # (segments,1,N)
-            self.sequence = self.sequence.expand_as(vision).flatten()[None, self.tokens]     # (1,N)
+            self.batch = self.batch.flatten()[None, self.tokens]                             # (1,N)
 
         # Many new tokens attend to themselves and to what was there before; few find themselves among the
         # cache's own rows. With nothing cached all attend to themselves alone.
         self.few = T <= DECODE
-        self.earlier = list(self.ancestors)
-        if not self.few and any(self.high):
-            self.earlier.append(Held(self))
         self.fresh = not any(self.high) and not self.ancestors
+        batch = self.batch.flatten()
+        self.earlier = [Held(cache, owner[batch]) for cache, owner in self.ancestors]
+        if not self.few and any(self.high):
+            self.earlier.append(Held(self, batch))
 
         # Mask of the new tokens, None = causal. Padding behind the others is seen by none of them; elsewhere by
         # nobody but itself: a softmax over nothing would be NaN. (B,1,T,T)
@@ -524,23 +532,27 @@ class Cache:
         self.low = low
         self.high = high
 
-    def unpad(self, x):
-        """x (B,T,…) -> (1,N,…), the tokens that are no padding; x itself if it has none."""
-        return x if self.tokens is None else x.flatten(0, 1)[None, self.tokens]
+    def unpad(self, x, dim=1):
+        """x (B,T,…) -> (1,N,…), the tokens that are no padding; x itself if it has none. dim: where T stands."""
+        if self.tokens is None:
+            return x
+        x = x.transpose(1, dim).flatten(0, 1)
+        return x[None, self.tokens].transpose(1, dim)
 
-    def pad(self, x):
+    def pad(self, x, dim=1):
         """The reverse: x (1,N,…) -> (B,T,…), with zeros at the padding."""
         if self.tokens is None:
             return x
-        B, T = self.shape
-        padded = x.new_zeros(B * T, *x.shape[2:])
-        return padded.index_copy_(0, self.tokens, x[0]).unflatten(0, (B, T))
+        x = x[0].movedim(dim - 1, 0)                                             # (N,…)
+        padded = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        padded.index_copy_(0, self.tokens, x)
+        return padded.unflatten(0, self.shape).transpose(1, dim)
 
     def append(self, layer, rows):
         """Write the new tokens' rows: for each segment (B,T,width) or (1,N,width), of all tokens. `places` sorts
         them."""
         for held, places, new in zip(self.rows[layer], self.places, rows):
-            held[self.sequence, places] = new.to(held.dtype)
+            held[self.batch, places] = new.to(held.dtype)
 
     def view(self, layer):
         """The rows that may be in use: for each segment (B,N,width)."""
@@ -570,7 +582,7 @@ class Cache:
     def expand(self, times):
         """A new cache with a copy of each sequence's own rows `times`, an int or (B,); 0 drops the sequence."""
         new = copy.copy(self)
-        new.ancestors = [Held(held.cache, held.owner.repeat_interleave(times)) for held in self.ancestors]
+        new.ancestors = [(cache, owner.repeat_interleave(times)) for cache, owner in self.ancestors]
         new.rows = []
         for layer_rows in self.rows:
             new.rows.append([rows.repeat_interleave(times, 0) for rows in layer_rows])
@@ -586,9 +598,9 @@ class Cache:
         itself = torch.arange(len(like), device=like.device).repeat_interleave(times)
         capacities = [room] + [0] * (len(self.capacity) - 1)
         new = Cache(widths, len(itself), capacities, like.dtype, like.device)
-        new.ancestors = [Held(self, itself)]
-        for held in self.ancestors:
-            new.ancestors.append(Held(held.cache, held.owner.repeat_interleave(times)))
+        new.ancestors = [(self, itself)]
+        for cache, owner in self.ancestors:
+            new.ancestors.append((cache, owner.repeat_interleave(times)))
         return new
 
     def nbytes(self):
@@ -885,8 +897,7 @@ class M2LA(Attention):
             # A row for either segment; the cache keeps that of the token's modality.
             cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
             if cache.few and not cache.fresh:
-                out = self.attend_absorbed(q_nope, q_rope, cache, layer)
-                return self.o_proj(cache.unpad(out))
+                return self.o_proj(self.attend_absorbed(q_nope, q_rope, cache, layer))
 
         # Keys and values of the new tokens, each by the decoder of its modality.
         text, sight = (F.linear(c, *decoder) for c, decoder in zip(latents, self.decoders()))
@@ -899,13 +910,12 @@ class M2LA(Attention):
         k = torch.cat([k_nope, k_rope], -1)                                      # (B,G,T,Dh+P)
         q = torch.cat([q_nope, q_rope], -1)                                      # (B,H,T,Dh+P)
         if cache is None:
-            return self.o_proj(attend(q, k, v, mask, self.scale))
-        q, k, v = (cache.pad(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        if cache.fresh:
-            out = attend(q, k, v, cache.mask, self.scale)
+            out = attend(q, k, v, mask, self.scale)
+        elif cache.fresh:
+            out = attend_new(q, k, v, cache, self.scale)
         else:
             out = self.attend_rebuilt(q, k, v, cache, layer)
-        return self.o_proj(cache.unpad(out))
+        return self.o_proj(out)
 
     def attend_rebuilt(self, q, k, v, cache, layer):
         """Many new tokens, q (B,H,T,Dh+P), k, v (B,G,T,·), against themselves and all that was cached, whose keys
@@ -914,7 +924,7 @@ class M2LA(Attention):
         outs = []
         for g, queries in enumerate(q.chunk(self.kv_heads, 1)):                  # (B,H/G,T,Dh+P)
             own = slice(g, g + 1)
-            sets = [attend_set(queries, k[:, own], v[:, own], self.scale, cache.mask, cache.mask is None)]
+            sets = [new_share(queries, k[:, own], v[:, own], cache, self.scale)]
             for held in cache.earlier:
                 sets.append(held.attend(queries, *self.rebuilt(held, layer, g), self.scale))
             outs.append(merged(sets))
@@ -938,8 +948,8 @@ class M2LA(Attention):
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
         And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q_nope = cache.pad(q_nope.transpose(1, 2))                               # (B,T,H,Dh)
-        q_rope = cache.pad(q_rope.transpose(1, 2))                               # (B,T,H,P)
+        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
+        q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
         q = q_nope.unflatten(2, (self.kv_heads, -1))                             # (B,T,G,H/G,Dh)
 
         attended = []
@@ -959,16 +969,16 @@ class M2LA(Attention):
             lses = []
             if own:
                 rows = cache.rows[layer][segment]
-                out, lse = latent_attend(q_row, rows, cache.limits[segment], rank, self.scale)
-                outs.append(out)
-                lses.append(lse)
+                out, lse = latent_attend(cache.pad(q_row), rows, cache.limits[segment], rank, self.scale)
+                outs.append(cache.unpad(out))
+                lses.append(cache.unpad(lse))
             for held in earlier:
                 rows = held.cache.rows[layer][segment]
-                queries = held.gather(q_row)                                     # (B',most*T,H,W)
+                queries = held.gather(q_row)                                     # (B',most,H,W)
                 limits = held.counts[segment][:, None].expand(queries.shape[:2])
                 out, lse = latent_attend(queries, rows, limits, rank, self.scale)
-                outs.append(held.spread(out, q.shape[1]))
-                lses.append(held.spread(lse, q.shape[1]))
+                outs.append(held.spread(out, q_row.shape))
+                lses.append(held.spread(lse, q_row.shape))
             out = torch.cat(outs, 3)                                             # (B,T,H,J,R)
             lse = torch.cat(lses, 3)                                             # (B,T,H,J)
 
