@@ -224,6 +224,7 @@ def attend_set(q, k, v, scale, seen=None, causal=False):
     """q (B,H,T,E) against a set of keys k, v (B,G,N,·) -> Share. seen (B,1,1 or T,N) bool; None: all, or causal."""
     Dv = v.shape[-1]
     v = widened(v, q)
+    q = q.to(k.dtype)                                                            # that of the cache's rows
     shape = q.shape[:3]
     groups = q.shape[1] // k.shape[1]
     if causal:

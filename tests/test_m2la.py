@@ -447,6 +447,58 @@ def test_expand_gives_independent_copies(kind):
     close(feed(module, cache, x, rope, vision, 15, 20), full[:, 15:20], 1e-12)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tail", [3, 12])                                                # met one by one, as a set
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_branches_see_what_they_branched_from(kind, tail, device):
+    """Two videos of different lengths, three questions about one and one about the other, two samples of each: every
+    path through the tree is one plain sequence. Nothing is copied, and a branch holds its own tokens alone."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    module = layer(kind, dtype, device)
+    x, rope, vision = sample(B=8, T=60, dtype=dtype, device=device)
+    owner = torch.tensor([0, 0, 0, 1], device=device)                                    # the video of each question
+    lengths = torch.tensor([20, 14], device=device)
+    vision[:, 20:] = False
+
+    # The prompts: 20 tokens of the video's sequence, of which the second has 14; then a tail of its own.
+    root = new_cache(kind, 2, dtype=dtype, device=device)
+    valid = torch.arange(20, device=device) < lengths[:, None]
+    forward(module, root, x[:2, :20], [r[:2, :20] for r in rope], vision[:2, :20], valid)
+    root.commit()
+    before = [rows.clone() for rows in root.rows[0]]
+    questions = root.branch(torch.tensor([3, 1], device=device), 40)
+    part = slice(20, 20 + tail)
+    short = torch.arange(tail, device=device) < torch.tensor([tail, tail - 1, tail, tail - 2], device=device)[:, None]
+    own = [t[:4, part] for t in (x, *rope, vision)]
+    asked = forward(module, questions, own[0], own[1:3], own[3], short)
+    questions.commit()
+    samples = questions.branch(2, 40)
+    late = [t[:, 50:52] for t in (x, *rope, vision)]
+    out = forward(module, samples, late[0], late[1:3], late[3])
+    samples.commit()
+    samples = samples.expand(torch.tensor([1, 0, 1, 1, 0, 2, 1, 1], device=device))      # two have ended, one is doubled
+    kept = torch.tensor([0, 2, 3, 5, 5, 6, 7])
+    last = [t[kept, 52:53] for t in (x, *rope, vision)]
+    end = forward(module, samples, last[0], last[1:3], last[3])
+
+    for number, i in enumerate(kept.tolist()):
+        q = i // 2
+        video = int(owner[q])
+        path = []
+        for t in (x, *rope, vision):
+            path.append(torch.cat([t[video, :lengths[video]], t[q, part][short[q]], t[i, 50:53]])[None])
+        alone = module(path[0], tuple(path[1:3]), path[3])[0]
+        own = int(short[q].sum())
+        tolerance = 1e-12 if device == "cpu" else 1e-4
+        close(asked[q][short[q]], alone[-3 - own:-3], tolerance)
+        close(out[i], alone[-3:-1], tolerance)
+        close(end[number, 0], alone[-1], tolerance)
+    assert root.lengths.tolist() == [20, 14] and questions.lengths.tolist() == short.sum(1).tolist()
+    assert samples.lengths.tolist() == [2] * 7
+    assert all(map(torch.equal, before, root.rows[0]))
+
+
 @torch.no_grad()
 def test_the_cache_of_the_picture():
     """The two-segment cache that is drawn above `Cache`: limits, places and what of it is seen."""
