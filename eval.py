@@ -932,6 +932,9 @@ def stage_figures(scores):
 #
 # --agent takes mcr rows (ours), and mcq rows with a preset: here mcq means a benchmark's.
 
+# Rollouts at a time (mcr_agent.run_abreast): from here on more save little
+ABREAST = 16
+
 def direct_row(row):
     """The question asked directly, with the agent's whole frame budget spread over the clip.
 
@@ -999,15 +1002,19 @@ def evidence_scores(cited, row):
     return float(best >= 0.3), float(best > 0)       # .3: the lowest threshold of grounding's R1
 
 
-def agent_row(model, processor, row, root, facts, without=()):
+def agent_row(model, processor, row, root, facts, without=(), lane=None, abreast=1):
     """One rollout → {text (None: missing), first, hit, overlap, forced, frames, tokens}.
 
-    first: the answer that verification sent back, or the same. hit, overlap: evidence_scores()."""
+    first: the answer that verification sent back, or the same. hit, overlap: evidence_scores(). lane: the
+    rollout's place among those that run `abreast`."""
     # What its web_search looks through: the folder that was given, or the row's own
     if not facts and "facts" in row:
         facts = Path(root) / row["facts"]
     settings = budget_of_row(row)
-    live = mcr_agent.LiveModel(model, processor, settings["budget"].tokens)
+    budget = settings["budget"]
+    # Wall clock: abreast, each may wait as long as all take in turn. Nobody is to be forced for that
+    settings["budget"] = replace(budget, seconds=budget.seconds * abreast)
+    live = mcr_agent.LiveModel(model, processor, budget.tokens, lane=lane, cache=lane and lane.cache)
     try:
         out = mcr_agent.run_agent(live, Path(root) / clip_of(row), question_of(row), row["options"],
                                   facts=facts or None, without=without, **settings)
@@ -1027,25 +1034,35 @@ def agent_row(model, processor, row, root, facts, without=()):
             "forced": bool(out.budget_exhausted), "frames": out.frames, "tokens": out.tokens}
 
 
-def agent_answers(model, processor, rows, root, facts, without=(), log=None):
-    """agent_row() of every row. Each process takes every world()-th."""
+def agent_answers(model, processor, rows, root, facts, without=(), log=None, abreast=ABREAST):
+    """agent_row() of every row, so many at a time. Each process takes every world()-th."""
     name = " no ".join(["agent", *without])
     known = log.known(name) if log else {}                                   # {id: record}
-    own = []
-    for row in tqdm(rows[rank()::world()], desc=name, disable=None, leave=False):
-        if row["id"] in known:                       # a resumed run
-            own.append(known[row["id"]])
-            continue
+    outs = {}                                        # row number → record, of this process
+    numbers = []                                     # of the rows that a resumed run has still to do
+    for i in range(rank(), len(rows), world()):
+        if rows[i]["id"] in known:
+            outs[i] = known[rows[i]["id"]]
+        else:
+            numbers.append(i)
+
+    # As many as there are rows for, and memory
+    capacity = max((budget_of_row(rows[i])["budget"].tokens for i in numbers), default=1)
+    abreast = max(1, min(abreast, len(numbers), mcr_agent.SHARED_TOKENS // capacity))
+
+    def answer(i, lane):
         start = time.perf_counter()
-        own.append(agent_row(model, processor, row, root, facts, without))
+        outs[i] = agent_row(model, processor, rows[i], root, facts, without, lane, abreast)
         if log:
-            ms = (time.perf_counter() - start) * 1e3
-            log.add(name, [(row, {**own[-1], "ms": ms})])
-    # Back to the order of the rows
-    outs = [None] * len(rows)
-    for process, part in enumerate(gather(own)):
-        outs[process::world()] = part
-    return outs
+            ms = (time.perf_counter() - start) * 1e3 / abreast
+            log.add(name, [(rows[i], {**outs[i], "ms": ms})])
+    progress = tqdm(numbers, desc=name, disable=None, leave=False)
+    mcr_agent.run_abreast(model, progress, answer, abreast, capacity)
+
+    # All processes' records, in the order of the rows
+    for part in gather(outs):
+        outs |= part
+    return [outs[i] for i in range(len(rows))]
 
 
 def group_of(row):
@@ -1088,7 +1105,8 @@ def score_group(rows, direct, outs, seed=0):
     return result
 
 
-def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=None, without=(), direct=None):
+def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=None, without=(), direct=None,
+                   abreast=ABREAST):
     """The MCR agent against the same model asked directly, on the same rows with the same number of frames.
 
     → {unseen, seen, official (a benchmark's rows): {direct, agentic, evidence_hit, evidence_overlap
@@ -1096,7 +1114,7 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
     verification made right, wrong. Evidence figures are over the rows that name some. without: parts of the
     agent to leave out; direct: the texts of direct_answers(), if they are there."""
     direct = direct or direct_answers(model, processor, rows, root, log=log)
-    outs = agent_answers(model, processor, rows, root, facts, without, log)
+    outs = agent_answers(model, processor, rows, root, facts, without, log, abreast)
     result = {}
     for group in ("unseen", "seen", "official"):
         numbers = [i for i, row in enumerate(rows) if group_of(row) == group]
@@ -1460,7 +1478,7 @@ def run_agents(args, model, processor, rows, directory, log):
     # The direct answers are the same beside every agent
     direct = direct_answers(model, processor, rows, root, args.batch, args.max_new, log)
     run = functools.partial(evaluate_agent, model, processor, rows, root, args.facts, args.seed, log,
-                            direct=direct)
+                            direct=direct, abreast=args.abreast)
     agent = run()
     ablations = {}
     if args.ablate:
@@ -1513,6 +1531,8 @@ def parser_of():
     add("--agent", action="store_true", help="run the MCR agent on mcr rows, beside direct answers")
     add("--ablate", action="store_true", help="with --agent: also without each of its parts in turn")
     add("--facts", metavar="DIR", help="the agent's search corpus (default: the one each row names)")
+    add("--abreast", type=int, default=ABREAST, metavar="N",
+        help=f"with --agent: rollouts at a time in a process (default {ABREAST}; 1 needs the least memory)")
     add("--jobs", type=int, default=1, help="processes that share the rows (default 1)")
     add("--limit", type=int, help="score a seeded sample of so many rows")
     add("--batch", type=int, default=32, help="prompts decoded together (default 32)")
@@ -1534,7 +1554,7 @@ def check(args):
     need(bool(args.data) != bool(args.compare), "give either --data F.jsonl or --compare A B")
     need(not (args.resume and not args.out), "--resume: give the --out DIR to go on with")
     need(not args.out or args.data, "--out: goes with --data")
-    iv3.check_flags(args, {1: "jobs limit batch max_new"})
+    iv3.check_flags(args, {1: "jobs limit batch abreast max_new"})
     need(not args.out or Path(args.out).suffix == ".jsonl" or not Path(args.out).is_file(),
          f"--out {args.out}: is a file; name a directory or an F.jsonl")
     need(args.agent or not args.ablate, "--ablate: goes with --agent")

@@ -577,8 +577,24 @@ class Cache:
         kept = torch.arange(self.order.shape[1], device=keep.device) < keep[:, None]
         for i in range(len(self.capacity)):
             self.counts[i] = (kept & (self.order == i)).sum(1)
+        self.recount()
+
+    def recount(self):
+        """The host's bounds, from the device: exact, and right again when another view has written."""
         self.low = self.counts.amin(1).tolist()
         self.high = self.counts.amax(1).tolist()
+
+    def sequence(self, b):
+        """Sequence b as a cache of its own. It is a view: what one of them writes, the other has after
+        `recount`."""
+        one = copy.copy(self)
+        one.rows = []
+        for layer_rows in self.rows:
+            one.rows.append([rows[b:b + 1] for rows in layer_rows])
+        one.counts = self.counts[:, b:b + 1]
+        one.order = self.order[b:b + 1]
+        one.recount()
+        return one
 
     def expand(self, times):
         """A new cache with a copy of each sequence's own rows `times`, an int or (B,); 0 drops the sequence."""
