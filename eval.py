@@ -932,7 +932,7 @@ def stage_figures(scores):
 #
 # --agent takes mcr rows (ours), and mcq rows with a preset: here mcq means a benchmark's.
 
-# Rollouts at a time (mcr_agent.run_abreast): from here on more save little
+# Rollouts at a time (mcr_agent.run_abreast); more save little
 ABREAST = 16
 
 def direct_row(row):
@@ -1005,14 +1005,14 @@ def evidence_scores(cited, row):
 def agent_row(model, processor, row, root, facts, without=(), lane=None, abreast=1):
     """One rollout → {text (None: missing), first, hit, overlap, forced, frames, tokens}.
 
-    first: the answer that verification sent back, or the same. hit, overlap: evidence_scores(). lane: the
-    rollout's place among those that run `abreast`."""
+    first: the answer that verification sent back, or the same. hit, overlap: evidence_scores(). lane: the one
+    of mcr_agent.run_abreast that it runs in."""
     # What its web_search looks through: the folder that was given, or the row's own
     if not facts and "facts" in row:
         facts = Path(root) / row["facts"]
     settings = budget_of_row(row)
     budget = settings["budget"]
-    # Wall clock: abreast, each may wait as long as all take in turn. Nobody is to be forced for that
+    # Of the wall clock, which abreast shows what all of them take: nobody is to be forced for the others
     settings["budget"] = replace(budget, seconds=budget.seconds * abreast)
     live = mcr_agent.LiveModel(model, processor, budget.tokens, lane=lane, cache=lane and lane.cache)
     try:

@@ -87,18 +87,23 @@ class Turn(NamedTuple):
 
 
 @functools.cache
+def token_texts(tokenizer):
+    """The text of every token; of the 150,000 of Qwen it takes a good part of a second."""
+    return [tokenizer.decode([token]) for token in range(len(tokenizer))]
+
+
+@functools.cache
 def first_tokens(tokenizer, word):
     """Ids of the tokens that can begin `word`: its beginnings, and longer pieces ("speech: hear what")."""
     found = []
-    for token in range(len(tokenizer)):
-        text = tokenizer.decode([token])
+    for token, text in enumerate(token_texts(tokenizer)):
         if text and (text.startswith(word) or word.startswith(text)):
             found.append(token)
     return torch.tensor(found)
 
 
 class Pass(NamedTuple):
-    """New tokens of one context, for the model to read."""
+    """New tokens of a context, which the model is to read."""
     ids: torch.Tensor                        # (1,T)
     positions: torch.Tensor                  # (3,1,T)
     patches: torch.Tensor                    # (Np,3·2·p·p)
@@ -106,9 +111,8 @@ class Pass(NamedTuple):
     cache: Cache                             # has all earlier tokens, and these afterwards
 
 
-@torch.inference_mode()
 def read_alone(model, new):
-    """A forward pass over a Pass → logits (V,) of the token that comes next."""
+    """→ logits (V,) of the token that comes next."""
     inputs = [x.to(model.device) for x in new[:4]]
     hidden = model(*inputs, cache=new.cache)                        # (1,T,D)
     return model.logits(hidden[0, -1]).float()
@@ -178,7 +182,7 @@ class LiveModel:
             cache=self.cache)
         self.queue = []
         if self.lane:
-            logits = self.lane.read(new)                        # (V,)
+            logits = self.lane.read(new)                            # (V,)
         else:
             logits = read_alone(self.model, new)
         allowed = logits.index_fill(0, self.banned, -torch.inf)
@@ -282,50 +286,50 @@ class LiveModel:
 
 
 # ------------------------------------------------------------------------------------ several rollouts abreast
-# For evaluation; a reader of the loop can skip it. The model writes the next token of sixteen contexts in less
-# than twice the time that one takes. A rollout stays the plain loop that it is, in a thread of its own: where it
-# needs the model it waits, and when all wait, their tokens are one forward pass.
+# For evaluation; a reader of §3.1 can skip it. The model writes the next token of sixteen contexts in less than
+# twice the time of one. A rollout stays the plain loop that it is, in a thread of its own: where it needs the
+# model it waits, and when all wait, their next tokens are one forward pass.
 
-# Tokens of all contexts together, sixteen of 8192: 15 GB of a 2B model in bf16, with GQA or with M²LA at half its
-# rows, which keeps room for as many tokens of text as of vision.
+# Tokens of all contexts together, sixteen of 8192: 15 GB of a 2B model in bf16. With M²LA too: a row is half as
+# large, but there is room for as many tokens of text as of vision.
 SHARED_TOKENS = 2 ** 17
 
 
 class Lane(threading.Thread):
-    """Rollouts one after the other, beside those of other lanes. Its thread is a coroutine: it runs while `resume`
-    waits for it, and else it waits. No two run at a time, so nothing needs a lock and the order is always the
-    same."""
+    """Rollouts one after the other, beside those of other lanes.
+
+    Its thread is a coroutine: it runs while `resume` waits for it, and waits else. No two run at a time, so
+    nothing needs a lock and all comes in the same order every time."""
 
     def __init__(self, items, work, number, shared):
         super().__init__(daemon=True)        # an interrupted process does not wait for it
-        self.items = items                   # an iterator that all lanes take from
-        self.work = work                     # work(item, lane): a rollout, by a LiveModel that has this lane
+        self.items = items                   # an iterator from which all lanes take
+        self.work = work                     # work(item, lane): a rollout, by a LiveModel with this lane
         self.number = number
         self.cache = shared.sequence(number)
-        self.asks = SimpleQueue()            # Passes that it waits for; at the end None, or an error
+        self.asks = SimpleQueue()            # Passes that it waits for; at its end None, or an error
         self.replies = SimpleQueue()         # logits (V,), or an error for the rollout
 
     def run(self):
-        ended = None
+        end = None
         try:
             for item in self.items:
                 self.cache.truncate(0)
                 self.work(item, self)
         except BaseException as error:
-            ended = error
-        self.asks.put(ended)
+            end = error
+        self.asks.put(end)
 
     def read(self, new):
-        """In the rollout's thread: wait for a Pass → logits (V,)."""
+        """Wait until a Pass has been read → logits (V,). Called by the rollout, in its thread."""
         self.asks.put(new)
         reply = self.replies.get()
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
-    def resume(self, reply=None):
-        """In the main thread: let it go on with a reply, or begin → the Pass that it wants next; None: it has
-        ended."""
+    def resume(self, reply):
+        """Go on with the reply (None: begin) → the Pass that it waits for next, or None at its end."""
         if reply is None:
             self.start()
         else:
@@ -337,8 +341,7 @@ class Lane(threading.Thread):
 
 
 def run_abreast(model, items, work, abreast, capacity):
-    """work(item, lane) for each item, `abreast` of them at a time; their contexts hold `capacity` tokens. An error of
-    one ends all."""
+    """work(item, lane) for every item, `abreast` at a time, in contexts of `capacity` tokens. An error ends all."""
     items = iter(items)
     if abreast == 1:
         for item in items:
@@ -356,35 +359,33 @@ def run_abreast(model, items, work, abreast, capacity):
                     wanted[lane] = new
             replies = read_together(model, shared, wanted)
     finally:
-        for lane in lanes:                   # after an error: it ends threads that wait, without a word
+        for lane in lanes:                   # those that still wait: a SystemExit ends a thread without a word
             lane.replies.put(SystemExit())
 
 
 @torch.inference_mode()
 def read_together(model, shared, wanted):
-    """wanted: {Lane: Pass} → {Lane: logits (V,), or an error}. Single tokens are one pass over the shared cache,
-    all else is read alone."""
-    step = {}                                # lanes that want one token more of their sequence
+    """wanted {Lane: Pass} → {Lane: logits (V,), or an error}: next tokens in one pass, all else one by one."""
+    step = {}
     for lane, new in wanted.items():
         if new.cache is lane.cache and new.ids.shape[1] == 1:
             step[lane] = new
-    if len(step) == 1:
-        step = {}                            # alone it is cheaper
-
     replies = {}
+    if len(step) > 1:
+        replies = read_step(model, shared, step)
     for lane, new in wanted.items():
-        if lane in step:
-            continue
-        new.cache.recount()                  # steps have written to it
-        try:
-            replies[lane] = read_alone(model, new)
-        except Exception as error:
-            replies[lane] = error
-    if not step:
-        return replies
+        if lane not in replies:
+            new.cache.recount()              # steps have written to it
+            try:
+                replies[lane] = read_alone(model, new)
+            except Exception as error:
+                replies[lane] = error
+    return replies
 
-    # (B,1), a row for each sequence; of those that wait for nothing here it is padding.
-    B = shared.counts.shape[1]
+
+def read_step(model, shared, step):
+    """One token for each of some lanes {Lane: Pass} → {Lane: logits (V,)}. The others' rows are padding."""
+    B = len(shared.lengths)
     ids = torch.zeros(B, 1, dtype=torch.long)
     positions = torch.zeros(3, B, 1, dtype=torch.long)
     valid = torch.zeros(B, 1, dtype=torch.bool)
@@ -393,12 +394,10 @@ def read_together(model, shared, wanted):
         positions[:, lane.number] = new.positions[:, 0]
         valid[lane.number] = True
     ids, positions, valid = (x.to(model.device) for x in (ids, positions, valid))
-    shared.recount()
+    shared.recount()                         # the lanes have written to it
     hidden = model(ids, positions, cache=shared, valid=valid)       # (B,1,D)
     logits = model.logits(hidden[:, 0]).float()                     # (B,V)
-    for lane in step:
-        replies[lane] = logits[lane.number]
-    return replies
+    return {lane: logits[lane.number] for lane in step}
 
 
 # -------------------------------------------------------------------------------- times and texts in messages

@@ -992,3 +992,94 @@ def test_a_sampled_rollout_is_told_by_its_seed(clip):
     assert turns(temperature=1.0, seed=3) == turns(temperature=1.0, seed=3)
     assert turns(temperature=1.0, seed=3)[1] != turns(temperature=1.0, seed=4)[1]
     assert turns() == ([0.0, 0], turns(seed=4)[1])
+
+
+# ---- several rollouts abreast ---------------------------------------------------------------------------------------
+
+def lanes_end():
+    lanes = [thread for thread in threading.enumerate() if isinstance(thread, mcr_agent.Lane)]
+    for lane in lanes:
+        lane.join(10)
+    return not any(lane.is_alive() for lane in lanes)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "m2la"])
+def test_contexts_abreast_are_those_that_run_alone(clip, attn):
+    model, processor = tiny(attn)
+    model.double()                                                       # no sample hangs on a last bit
+    video = {"type": "video", "video": str(clip), "max_frames": 4}
+    tool = {"role": "tool", "content": [{**video, "start": 30, "end": 34}, {"type": "text", "text": "now"}]}
+
+    def work(seed, lane):
+        live = LiveModel(model, processor, 400, temperature=1.0, seed=seed, lane=lane, cache=lane and lane.cache)
+        user = {"role": "user", "content": [{**video, "end": 20 + 5 * seed}, {"type": "text", "text": "?" * seed}]}
+        live.append(user)
+        mark = live.mark()
+        said = [live.generate(4 + 7 * seed % 10, stop=())]
+        said.append(live.ask([user], 3))
+        said.append(live.score(["red", "blue"], messages=[user]))
+        live.rewind(mark)
+        live.append(tool)
+        said.append(live.generate(6, stop=(), opening="<think>"))
+        said.append(live.likelihood(said[-1]))
+        found[seed] = said, live.tokens, live.side
+
+    forwarded = []
+    model.register_forward_pre_hook(lambda _, args: forwarded.append(tuple(args[0].shape)))
+    found = {}
+    mcr_agent.run_abreast(model, range(7), work, 1, 400)
+    alone = found
+    assert forwarded and {batch for batch, _ in forwarded} == {1}
+    passes = len(forwarded)
+    found = {}
+    mcr_agent.run_abreast(model, range(7), work, 3, 400)                 # a lane has a second context, and a third
+    together = forwarded[passes:]
+    assert len({tuple(said) for said in [x[0][:2] for x in alone.values()]}) == 7
+    for seed, (said, tokens, side) in alone.items():
+        other, *spent = found[seed]
+        assert [x for x in other if isinstance(x, str)] == [x for x in said if isinstance(x, str)]
+        assert other[2] == pytest.approx(said[2], abs=1e-6) and other[-1] == pytest.approx(said[-1], rel=1e-6)
+        assert spent == [tokens, side]
+    assert {length for batch, length in together if batch > 1} == {1} and (3, 1) in together
+    assert len(together) < 0.7 * passes and lanes_end()
+    first = list(found)
+    found = {}
+    mcr_agent.run_abreast(model, range(7), work, 3, 400)
+    assert list(found) == first                                          # the order is no matter of time
+
+
+def test_an_error_abreast_ends_all_rollouts_but_its_own_errors_are_the_rollouts(tmp_path):
+    model, processor = tiny("m2la")
+    ended = []
+
+    def context(lane, capacity=100):
+        live = LiveModel(model, processor, capacity, lane=lane, cache=lane.cache)
+        live.append({"role": "user", "content": "hello"})
+        return live
+
+    def work(item, lane):
+        if item == "long":                                               # more than the lanes hold: told to it alone
+            with pytest.raises(UserError, match="do not fit"):
+                live = context(lane, 1000)
+                live.append({"role": "tool", "content": "x" * 300})
+                live.generate(1)
+        elif item == "broken":
+            context(lane).generate(3)
+            raise iv3.MediaError("no such file")
+        else:
+            context(lane).generate(item, stop=())
+        ended.append(item)
+
+    mcr_agent.run_abreast(model, [9, "long", 5], work, 3, 100)
+    assert sorted(map(str, ended)) == ["5", "9", "long"] and lanes_end()
+    ended.clear()
+    with pytest.raises(iv3.MediaError):
+        mcr_agent.run_abreast(model, [20, 20, "broken", 20], work, 3, 100)
+    assert ended == [] and lanes_end()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    model.register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mcr_agent.run_abreast(model, [20, 20], work, 2, 100)
+    assert ended == [] and lanes_end()

@@ -291,10 +291,10 @@ def test_lvbench_evidence_of_an_agent_run(tmp_path, monkeypatch):
         return SimpleNamespace(answer="(D) 4", evidence=[(14.0, 19.0)], budget_exhausted="", frames=8, tokens=9,
                                trace=[])
 
-    monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_: None)
+    monkeypatch.setattr(mcr_agent, "LiveModel", lambda *_, **how: None)
     monkeypatch.setattr(mcr_agent, "run_agent", run_agent)
     monkeypatch.setattr(evaluation, "answer_rows", lambda model, processor, rows, *_, **__: ["A"] * len(rows))
-    result = evaluation.evaluate_agent(None, None, rows, tmp_path / "out")["official"]
+    result = evaluation.evaluate_agent(None, None, rows, tmp_path / "out", abreast=1)["official"]
     question, options, budget, media = seen[0]
     assert (question, options, media) == ("Which year (A.D.)?", ["1", "2 (two)", "3", "4"], {"frame_tokens": [16, 64]})
     assert (budget.frames, budget.coarse, budget.tokens) == (64, 24, mcr_agent.Budget.tokens + 32 * (64 + 16))

@@ -542,6 +542,50 @@ def test_the_command_ablates_the_agent(world, monkeypatch, capsys):
     assert [[x["reward"] for x in side.values()] for side in sides] == [[1.0], [0.0]]
 
 
+def test_rollouts_abreast_leave_the_records_of_those_alone(world, monkeypatch):
+    """Three at a time, killed in the sixth of seven rows, and gone on with: the same samples, in any number abreast."""
+    rows = [agent_test("ab"[i % 2] + ".mp4", f"k{i}") for i in range(6)]
+    rows.insert(2, agent_test("gone.mp4", "brief"))
+    data = write_rows(world.root / "abreast.jsonl", rows)
+    run = ["--data", data, "--model", world.root / "model", "--agent", "--max-new", 2]
+    run_agent, seconds, stop = mcr_agent.run_agent, [], []
+
+    def budget_of_row(row):
+        tokens = 1000 + 100 * rows.index(row)                          # every row has room of its own
+        return {"budget": mcr_agent.Budget(calls=1, frames=8, coarse=4, turn=3 + rows.index(row), tokens=tokens)}
+
+    def counted(*args, **how):
+        seconds.append(how["budget"].seconds)
+        if len(seconds) in stop:
+            raise KeyboardInterrupt
+        return run_agent(*args, **how)
+    monkeypatch.setattr(evaluation, "budget_of_row", budget_of_row)
+    monkeypatch.setattr(mcr_agent, "run_agent", counted)
+    monkeypatch.setattr(mcr_agent, "FORCED_TOKENS", 6)
+
+    command(monkeypatch, [*run, "--abreast", 1, "--out", world.root / "alone"])
+    alone = records_of(world.root / "alone/samples.jsonl", "ms")
+    assert len(alone) == 1 + 2 * 7 and seconds == [300] * 7
+    assert [x["text"] for x in alone if x.get("first", "") is None] == [None]
+
+    seconds.clear()
+    stop.append(6)
+    out = ["--abreast", 3, "--out", world.root / "abreast"]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, [*run, *out])
+    assert seconds == [900] * 6                                        # the clock shows what all three take
+    done = [x for x in records_of(world.root / "abreast/samples.jsonl") if x.get("first")]
+    stop.clear()
+    command(monkeypatch, [*run, *out, "--resume"])
+    assert 1 < len(done) < 6 and len(seconds) == 6 + 7 - len(done)
+    assert records_of(world.root / "abreast/samples.jsonl", "ms") == alone
+
+    seconds.clear()
+    monkeypatch.setattr(mcr_agent, "SHARED_TOKENS", 3300)              # the largest has 1600: two at a time
+    command(monkeypatch, [*run, "--abreast", 3, "--out", world.root / "two"])
+    assert seconds == [600] * 7 and records_of(world.root / "two/samples.jsonl", "ms") == alone
+
+
 def test_agent_takes_agent_rows(world):
     with pytest.raises(UserError, match="task 'mcq'"):
         evaluation.evaluate_agent(world.model, world.processor, [mcq("A")], world.root)
@@ -551,7 +595,8 @@ def test_agent_takes_agent_rows(world):
 
 @pytest.mark.parametrize("arguments, word", [
     ("", "--data"), ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data x.jsonl --compare a b", "either"),
-    ("--data x.jsonl --limit 0", "--limit"), ("--data x.jsonl --json nowhere/x.json", "--json"),
+    ("--data x.jsonl --limit 0", "--limit"), ("--data x.jsonl --agent --abreast 0", "--abreast"),
+    ("--data x.jsonl --json nowhere/x.json", "--json"),
     ("--data {root}/mcq.jsonl --agent", "mcr rows"), ("--data x.jsonl --model nowhere", "nowhere"),
     ("--compare nowhere x", "nowhere/samples.jsonl"), ("--data x.jsonl --resume", "--resume"),
     ("--compare a b --out x", "--out")])
