@@ -584,7 +584,7 @@ class Cache:
         self.low = self.counts.amin(1).tolist()
         self.high = self.counts.amax(1).tolist()
 
-    def sequence(self, b):
+    def part(self, b):
         """Sequence b as a cache of its own. It is a view: what one of them writes, the other has after
         `recount`."""
         one = copy.copy(self)

@@ -306,7 +306,7 @@ class Lane(threading.Thread):
         self.items = items                   # an iterator from which all lanes take
         self.work = work                     # work(item, lane): a rollout, by a LiveModel with this lane
         self.number = number
-        self.cache = shared.sequence(number)
+        self.cache = shared.part(number)
         self.asks = SimpleQueue()            # Passes that it waits for; at its end None, or an error
         self.replies = SimpleQueue()         # logits (V,), or an error for the rollout
 
