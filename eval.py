@@ -1012,7 +1012,7 @@ def agent_row(model, processor, row, root, facts, without=(), lane=None, abreast
         facts = Path(root) / row["facts"]
     settings = budget_of_row(row)
     budget = settings["budget"]
-    # Of the wall clock, which abreast shows what all of them take: nobody is to be forced for the others
+    # Seconds are the wall clock's: abreast they pass for all, and no rollout is to be forced by the others' work
     settings["budget"] = replace(budget, seconds=budget.seconds * abreast)
     live = mcr_agent.LiveModel(model, processor, budget.tokens, lane=lane, cache=lane and lane.cache)
     try:

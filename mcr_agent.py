@@ -88,7 +88,7 @@ class Turn(NamedTuple):
 
 @functools.cache
 def token_texts(tokenizer):
-    """The text of every token; of the 150,000 of Qwen it takes a good part of a second."""
+    """The text of every token, made once: Qwen's vocabulary has 150,000."""
     return [tokenizer.decode([token]) for token in range(len(tokenizer))]
 
 
@@ -291,7 +291,7 @@ class LiveModel:
 # model it waits, and when all wait, their next tokens are one forward pass.
 
 # Tokens of all contexts together, sixteen of 8192: 15 GB of a 2B model in bf16. With M²LA too: a row is half as
-# large, but there is room for as many tokens of text as of vision.
+# large, but either segment has room for all of a context's tokens.
 SHARED_TOKENS = 2 ** 17
 
 
@@ -341,7 +341,8 @@ class Lane(threading.Thread):
 
 
 def run_abreast(model, items, work, abreast, capacity):
-    """work(item, lane) for every item, `abreast` at a time, in contexts of `capacity` tokens. An error ends all."""
+    """work(item, lane) for every item, `abreast` at a time, in contexts of `capacity` tokens. An error that work
+    raises ends them all."""
     items = iter(items)
     if abreast == 1:
         for item in items:
