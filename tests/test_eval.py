@@ -549,6 +549,8 @@ def test_rollouts_abreast_leave_the_records_of_those_alone(world, monkeypatch):
     data = write_rows(world.root / "abreast.jsonl", rows)
     run = ["--data", data, "--model", world.root / "model", "--agent", "--max-new", 2]
     run_agent, seconds, stop = mcr_agent.run_agent, [], []
+    read_step, steps = mcr_agent.read_step, []
+    monkeypatch.setattr(mcr_agent, "read_step", lambda *args: steps.append(len(args[2])) or read_step(*args))
 
     def budget_of_row(row):
         tokens = 1000 + 100 * rows.index(row)                          # every row has room of its own
@@ -565,7 +567,7 @@ def test_rollouts_abreast_leave_the_records_of_those_alone(world, monkeypatch):
 
     command(monkeypatch, [*run, "--abreast", 1, "--out", world.root / "alone"])
     alone = records_of(world.root / "alone/samples.jsonl", "ms")
-    assert len(alone) == 1 + 2 * 7 and seconds == [300] * 7
+    assert len(alone) == 1 + 2 * 7 and seconds == [300] * 7 and steps == []
     assert [x["text"] for x in alone if x.get("first", "") is None] == [None]
 
     seconds.clear()
@@ -577,6 +579,7 @@ def test_rollouts_abreast_leave_the_records_of_those_alone(world, monkeypatch):
     done = [x for x in records_of(world.root / "abreast/samples.jsonl") if x.get("first")]
     stop.clear()
     command(monkeypatch, [*run, *out, "--resume"])
+    assert max(steps) == 3
     assert 1 < len(done) < 6 and len(seconds) == 6 + 7 - len(done)
     assert records_of(world.root / "abreast/samples.jsonl", "ms") == alone
 
