@@ -1029,21 +1029,21 @@ def test_contexts_abreast_are_those_that_run_alone(clip, attn):
     forwarded = []
     model.register_forward_pre_hook(lambda _, args: forwarded.append(tuple(args[0].shape)))
     found = {}
-    mcr_agent.run_abreast(model, range(7), work, 1, 400)
+    mcr_agent.run_abreast(model, range(5), work, 1, 400)
     alone = found
     assert forwarded and {batch for batch, _ in forwarded} == {1}
     passes = len(forwarded)
     found = {}
-    mcr_agent.run_abreast(model, range(7), work, 3, 400)                 # a lane has a second context, and a third
+    mcr_agent.run_abreast(model, range(5), work, 3, 400)                 # a lane has a second context, and a third
     together = forwarded[passes:]
-    assert len({tuple(said) for said, _, _ in alone.values()}) == 7
+    assert len({tuple(said) for said, _, _ in alone.values()}) == 5
     for seed, (said, values, spent) in alone.items():
         assert found[seed] == (said, pytest.approx(values, rel=1e-6), spent)
     assert {length for batch, length in together if batch > 1} == {1} and (3, 1) in together
-    assert len(together) < 0.7 * passes and lanes_end()
+    assert len(together) < 0.8 * passes and lanes_end()
     first = list(found)
     found = {}
-    mcr_agent.run_abreast(model, range(7), work, 3, 400)
+    mcr_agent.run_abreast(model, range(5), work, 3, 400)
     assert list(found) == first                                          # the order is no matter of time
 
 
