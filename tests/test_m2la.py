@@ -469,7 +469,8 @@ def test_branches_see_what_they_branched_from(kind, tail, device):
     before = [rows.clone() for rows in root.rows[0]]
     questions = root.branch(torch.tensor([3, 1], device=device), 40)
     part = slice(20, 20 + tail)
-    short = torch.arange(tail, device=device) < torch.tensor([tail, tail - 1, tail, tail - 2], device=device)[:, None]
+    asked_of = torch.tensor([tail, tail - 1, tail, tail - 2], device=device)
+    short = torch.arange(tail, device=device) < asked_of[:, None]
     own = [t[:4, part] for t in (x, *rope, vision)]
     asked = forward(module, questions, own[0], own[1:3], own[3], short)
     questions.commit()
