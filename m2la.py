@@ -271,7 +271,8 @@ def attend_plainly(q, k, v, scale, bias, causal):
     block = max(1, BLOCK_SCORES // (B * G * N))
     for start in range(0, T, block):
         queries = slice(start, start + block)
-        s = (q[:, :, queries] @ k.mT).float() * scale                            # (B,G,t,N)
+        s = q[:, :, queries] @ k.mT * scale                                      # (B,G,t,N)
+        s = s.to(torch.promote_types(s.dtype, torch.float32))
         if causal:
             token = torch.arange(T, device=q.device)
             s = s.masked_fill(token > token[queries, None], float("-inf"))

@@ -447,6 +447,33 @@ def test_expand_gives_independent_copies(kind):
     close(feed(module, cache, x, rope, vision, 15, 20), full[:, 15:20], 1e-12)
 
 
+@pytest.mark.parametrize("plainly", [False, True])                                       # True: as on a GPU
+@pytest.mark.parametrize("rows, causal", [(0, True), (0, False), (1, False), (11, False)])
+def test_sets_of_keys_merge_into_one_softmax(rows, causal, plainly, monkeypatch):
+    """A set of which each query or sequence sees a part, or nothing, beside one that all see: softmax over both."""
+    monkeypatch.setattr(m2la, "BLOCK_SCORES", 100)                                       # blocks of queries
+    if plainly:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        monkeypatch.setattr(torch.ops.aten, fused.__name__.split(".")[-1],
+                            lambda q, k, v, _, causal, attn_mask, scale:
+                            m2la.attend_plainly(q, k, v, scale, attn_mask, causal))
+    q, k, v = (torch.randn(3, heads, n, 8, dtype=torch.float64) for heads, n in ((4, 11), (2, 18), (2, 18)))
+    v = v[..., :5]
+    seen = torch.ones(3, 1, 11, 18, dtype=torch.bool)
+    if causal:
+        seen[..., :11] = torch.ones(11, 11).tril()
+    part = None
+    if rows:
+        seen[..., :11] = torch.rand(3, 1, rows, 11) < 0.5
+        seen[2, ..., :11] = False                                                        # a sequence that sees none
+        part = seen[:, :, :rows, :11]
+    sets = [m2la.attend_set(q, k[:, :, :11], v[:, :, :11], 0.3, part, causal),
+            m2la.attend_set(q, k[:, :, 11:], v[:, :, 11:], 0.3)]
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen, -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    close(m2la.merged(sets), expected.transpose(1, 2).flatten(2), 1e-12)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tail", [3, 12])                                                # met one by one, as a set
 @pytest.mark.parametrize("kind", KINDS)
@@ -478,7 +505,7 @@ def test_branches_see_what_they_branched_from(kind, tail, device):
     late = [t[:, 50:52] for t in (x, *rope, vision)]
     out = forward(module, samples, late[0], late[1:3], late[3])
     samples.commit()
-    samples = samples.expand(torch.tensor([1, 0, 1, 1, 0, 2, 1, 1], device=device))      # two have ended, one is doubled
+    samples = samples.expand(torch.tensor([1, 0, 1, 1, 0, 2, 1, 1], device=device))      # two end, one is doubled
     kept = torch.tensor([0, 2, 3, 5, 5, 6, 7])
     last = [t[kept, 52:53] for t in (x, *rope, vision)]
     end = forward(module, samples, last[0], last[1:3], last[3])
