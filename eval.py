@@ -583,7 +583,8 @@ def strongest(task, values, rows, seed):
 
     key = task.figures[0].key
     result = figure(key, values[best], rows, seed)
-    result |= {f"{key}_name": best, f"{key}_all": mean_of, f"{key}_kinds": best_of_kind}
+    result |= {f"{key}_name": best, f"{key}_all": mean_of, f"{key}_kinds": best_of_kind,
+               f"{key}_items": dict(zip(column(rows, "id"), values[best].tolist()))}
     for percent in task.recalls:
         result |= figure(f"r1_{percent}", recall(values[best], percent / 100), rows, seed)
     return result
@@ -593,8 +594,8 @@ def baselines(test_rows, train_rows, root=".", train_root=None, blind=None, seed
     """The strongest trivial strategy on exactly the test items, of each task that has rows.
 
     Figures `mcq`, `miou`, `r1_50` …, each strategy's mean in `*_all`, the best one's name in `*_name`, and
-    the best per kind in `*_kinds`. `blind`: the model's texts for blind_rows(test_rows), one more
-    strategy."""
+    the best per kind in `*_kinds`, the best one's reward of each row in `*_items`. `blind`: the model's texts
+    for blind_rows(test_rows), one more strategy."""
     result = {}
     for name, task in TASKS.items():
         numbers = numbers_of(test_rows, name)
@@ -1102,7 +1103,7 @@ def score_group(rows, direct, outs, seed=0):
         result["kinds"][name] = by_kind(values, own)
         result["groups"][name] = by_group(values, own)
         result |= figure(name, values, own, seed)
-    return result
+    return result | change("gain", measured["direct"], measured["agentic"], rows, seed)
 
 
 def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=None, without=(), direct=None,
@@ -1110,9 +1111,9 @@ def evaluate_agent(model, processor, rows, root=".", facts=None, seed=0, log=Non
     """The MCR agent against the same model asked directly, on the same rows with the same number of frames.
 
     → {unseen, seen, official (a benchmark's rows): {direct, agentic, evidence_hit, evidence_overlap
-    (figures), kinds, groups, mended, broken, forced, frames, missing}}. mended, broken: answers that
-    verification made right, wrong. Evidence figures are over the rows that name some. without: parts of the
-    agent to leave out; direct: the texts of direct_answers(), if they are there."""
+    (figures), gain (agentic - direct), kinds, groups, mended, broken, forced, frames, missing}}. mended,
+    broken: answers that verification made right, wrong. Evidence figures are over the rows that name some.
+    without: parts of the agent to leave out; direct: the texts of direct_answers(), if they are there."""
     direct = direct or direct_answers(model, processor, rows, root, log=log)
     outs = agent_answers(model, processor, rows, root, facts, without, log, abreast)
     result = {}
@@ -1289,6 +1290,12 @@ def paired_difference(a, b, clips, seed):
             "only_a": int((right_a > right_b).sum()), "only_b": int((right_b > right_a).sum())}
 
 
+def change(name, before, after, rows, seed=0):
+    """figure() of after - before, two rewards (n,) of each row."""
+    paired = paired_difference(np.array(before), np.array(after), clips_of(rows), seed)
+    return {name: paired["difference"], f"{name}_n": paired["n"], f"{name}_ci": paired["ci"]}
+
+
 def compare(path_a, path_b, seed=0):
     """Paired bootstrap of two runs over clips, per task and per kind.
 
@@ -1309,19 +1316,19 @@ def compare(path_a, path_b, seed=0):
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-def number(value):
+def number(value, digits=2):
     """'.85'"""
-    return re.sub(r"(?<!\d)0\.", ".", f"{value:.2f}")
+    return re.sub(r"(?<!\d)0\.", ".", f"{value:.{digits}f}")
 
 
-def cell(block, key):
+def cell(block, key, digits=2):
     """'.85±.03': a figure and half its interval; empty if it was not measured."""
     if block.get(key) is None:
         return ""
-    text = number(block[key])
+    text = number(block[key], digits)
     ci = block.get(f"{key}_ci")
     if ci:
-        text += f"±{number((ci[1] - ci[0]) / 2)}"
+        text += f"±{number((ci[1] - ci[0]) / 2, digits)}"
     return text
 
 
@@ -1335,6 +1342,25 @@ def table(header, rows):
         columns.append([text.ljust(width) for text in texts])
     lines = [f"| {' | '.join(line)} |" for line in zip(*columns)]
     return "\n".join(lines)
+
+
+SPLITS = {"short": "S", "long": "L"}                 # clips of the recipe's test, their letters in tables
+
+
+def render_stages(blocks):
+    """{stage, or what changed: its block of results.json} → markdown, a column for each titled figure."""
+    if "short" not in blocks[next(reversed(blocks))]:                        # before SFT
+        return table(["stage", "loss"], [[name, cell(block, "loss", 3)] for name, block in blocks.items()])
+    header = ["stage"]
+    lines = [[name] for name in blocks]
+    for split, letter in SPLITS.items():
+        for task in TASKS.values():
+            for one in task.figures:
+                if one.title:
+                    header.append(f"{letter} {one.title}")
+                    for line, block in zip(lines, blocks.values()):
+                        line.append(cell(block.get(split, {}), one.key))
+    return table(header, lines)
 
 
 def score_lines(task, block, best):

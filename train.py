@@ -49,7 +49,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +174,16 @@ STAGES = {
         on_policy=True),
 }
 CHAIN = tuple(STAGES)                # the stages of the whole recipe; what a fork adds is run by --stage
+
+# --quick: all of it in five minutes on two cores. What is other than above, and the share of the toy's videos.
+QUICK = {
+    "cpt": dict(steps=30, packs=24),
+    "sft_short": dict(steps=200, packs=4),
+    "sft_long": dict(steps=130, packs=4),
+    "rl": dict(steps=12, lr=2e-4, pool=400),
+    "opd": dict(steps=18, pool=500),
+}
+QUICK_SCALE = 0.2
 SMALL = dict(tokens=16_384)          # from 10 M parameters on: preset small has 54 tokens a second of video
 
 
@@ -1693,6 +1703,8 @@ OVERRIDES = ("steps", "lr", "muon", "packs", "branches", "tokens", "max_frames",
 def recipe_of(stage, args, parameters):
     """The stage's recipe with the command's flags, for a model of so many parameters."""
     recipe = STAGES[stage].recipe
+    if args.quick:
+        recipe = replace(recipe, **QUICK.get(stage, {}))
     if parameters > 1e7:
         recipe = replace(recipe, **SMALL)
     if parameters > 1e8:
@@ -1779,32 +1791,40 @@ def curate(start, args):
         return
     command("data/curate/prepare.py", args.data_dir / "clips" / "long",
             "--out", (args.data_dir / CURATED).parent, "--model", start, "--seed", args.seed,
-            "--limit", 12)                                 # videos: a minute of captions
+            "--limit", 3 if args.quick else 12)            # videos: a minute of captions
 
 
 # ------------------------------------------------------------------------------------------- the whole recipe
 
 def whole_recipe(args):
-    """Every stage in order, each evaluated on test items that no stage has seen; ends with the tables."""
-    began = time.monotonic()
-    once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed,
-                         "--scale", args.scale, "--side", frame_side(args.preset)))
-    once(lambda: make_base(args))
-    scores = {"base": scores_of("base", args)}
+    """Every stage in order, each evaluated on test items that no stage has seen, its row printed at once; ends
+    with the tables."""
+    clock = Clock(args)
+    with clock.part("data", begun=args.data_dir.exists()):
+        once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed,
+                             "--scale", args.scale, "--side", frame_side(args.preset)))
+        once(lambda: make_base(args))
+        scores = {"base": scores_of("base", args)}
+    results = {"quick": args.quick, "base": stage_block(scores["base"]), "changes": {}}
+    before = "base"
     for stage in CHAIN:
-        if not finished(stage, args):
-            run_stage(stage, args)
-        if stage == "cpt" and args.attn != "gqa":
-            scores["convert"] = scores_of("convert", args)
-        scores[stage] = scores_of(stage, args)
+        with clock.part(stage, begun=(args.out / stage).exists()):
+            if not finished(stage, args):
+                run_stage(stage, args)
+            if stage == "cpt" and args.attn != "gqa":
+                add_stage("convert", before, scores, results, args)
+                before = "convert"
+            add_stage(stage, before, scores, results, args)
+        before = stage
     scores["teacher"] = scores_of("teacher", args)
-    results = results_of(scores, args)
+    results["teacher"] = stage_block(scores["teacher"])
+    add_conclusions(scores, results, args)
     text = json.dumps(results, indent=1)
     once(lambda: write_atomic(args.out / "results.json", lambda p: p.write_text(text)))
-    once(lambda: bench_decode(args.out / "decode.json"))
+    if not args.quick:
+        once(lambda: bench_decode(args.out / "decode.json"))
     once(lambda: succeeds("extras/report.py", args.out))   # one that cannot be drawn must not fail the run
-    minutes = (time.monotonic() - began) / 60
-    print(f"\n{args.out}/results.json and results.md written; {minutes:.1f} minutes in this run")
+    print(f"\n{args.out}/results.json and results.md written; {clock.minutes():.1f} minutes in this run")
 
 
 def frame_side(preset):
@@ -1851,13 +1871,15 @@ def finished(stage, args):
 
 
 def scores_of(stage, args):
-    """Test scores of a finished stage: {short, long, loss}; measured once and kept beside its weights."""
+    """Test scores of a finished stage: {short, long, loss, nats: [nats, tokens] of each held-out row}; measured
+    once and kept beside its weights."""
     def measure():
         model, processor = load_model(args.out / stage, args.device)
         rows = load_rows(args.data_dir / "val.jsonl")
         loss, table = evaluation.held_out_loss(model, processor, rows, args.data_dir, name=f"{stage} loss")
         clips = evaluation.clips_of(rows)
-        scores = {"loss": loss, "loss_n": len(rows), "loss_ci": evaluation.interval(table, clips)}
+        scores = {"loss": loss, "loss_n": len(rows), "loss_ci": evaluation.interval(table, clips),
+                  "nats": table.tolist()}
         if stage in ("base", "convert", "cpt"):            # before SFT no model knows the test's formats
             return scores
         first = stage == "sft_short"                       # the baselines are of the test alone: once
@@ -1870,16 +1892,64 @@ def scores_of(stage, args):
     return stored(args.out / stage / "scores.json", measure)
 
 
-def results_of(scores, args):
-    """The stages' scores as results.json has them: one figure, its n and its interval side by side."""
-    results = {"baselines": {}}
-    for length in ("short", "long"):
-        results["baselines"][length] = scores["sft_short"][length]["baselines"]
-    for stage, score in scores.items():
-        results[stage] = {name: value for name, value in score.items() if name.startswith("loss")}
-        for length in ("short", "long"):
-            if length in score:
-                results[stage][length] = evaluation.stage_figures(score[length])
+def add_stage(stage, before, scores, results, args):
+    """Measure a finished stage and print it beside the baselines and the stage before it."""
+    scores[stage] = scores_of(stage, args)
+    if stage == "sft_short":                               # the first that can answer the test's questions
+        before = "baselines"
+        scores[before] = baseline_scores(scores[stage])
+        results[before] = {length: scores[stage][length]["baselines"] for length in evaluation.SPLITS}
+    results[stage] = stage_block(scores[stage])
+    change = {"against": before, **change_of(scores[before], scores[stage], args)}
+    results["changes"][stage] = change
+    shown = {name: results[name] for name in ("baselines", before, stage) if name in results}
+    print(f"\n{evaluation.render_stages({**shown, 'change': change})}\n")
+
+
+def stage_block(scores):
+    """A stage's scores as results.json has them: one figure, its n and its interval side by side."""
+    block = {name: value for name, value in scores.items() if name.startswith("loss")}
+    for length in evaluation.SPLITS:
+        if length in scores:
+            block[length] = evaluation.stage_figures(scores[length])
+    return block
+
+
+def baseline_scores(scores):
+    """The strongest trivial strategies' reward of each test item, in the place of a stage's."""
+    items = {}
+    for length in evaluation.SPLITS:
+        items[length] = {"items": {}}
+        for task in evaluation.TASKS.values():
+            items[length]["items"] |= scores[length]["baselines"].get(f"{task.figures[0].key}_items", {})
+    return items
+
+
+def change_of(before, after, args):
+    """What a stage changes, item by item, as a block of results.json: the loss; from SFT on the first figure
+    of each task."""
+    if "short" not in after:
+        rows = load_rows(args.data_dir / "val.jsonl")
+        nats, tokens = np.array(after["nats"]).T
+        paired = np.stack([nats - np.array(before["nats"])[:, 0], tokens], 1)             # (n,2)
+        return {"loss": after["loss"] - before["loss"], "loss_n": len(rows),
+                "loss_ci": evaluation.interval(paired, evaluation.clips_of(rows))}
+    block = {}
+    for length in evaluation.SPLITS:
+        block[length] = {}
+        rows = load_rows(args.data_dir / f"test_{length}.jsonl")
+        for name, task in evaluation.TASKS.items():
+            asked = [row for row in rows if row["task"] == name]
+            if asked:
+                rewards = []
+                for scores in (before, after):
+                    rewards.append([scores[length]["items"][row["id"]] for row in asked])
+                block[length] |= evaluation.change(task.figures[0].key, *rewards, asked, args.seed)
+    return block
+
+
+def add_conclusions(scores, results, args):
+    """What is known at the end: the conversion's settings, the gap that OPD closes, the agent."""
     if "convert" in results:
         record = read_json(args.out / "convert" / "stage.json")
         for name in ("cache_ratio", "inherits", "attn", "cache_share"):
@@ -1891,7 +1961,6 @@ def results_of(scores, args):
         rows = load_rows(args.data_dir / "test_agent.jsonl")
         return evaluation.evaluate_agent(model, processor, rows, args.data_dir, seed=args.seed)
     results["agent"] = stored(args.out / "opd" / "agent.json", agent)
-    return results
 
 
 def gap_closed(scores, args):
@@ -1935,6 +2004,74 @@ def succeeds(script, *flags):
     return True
 
 
+# ---- the time that is left
+
+# Seconds of two cores: of a pack in a step, of a prompt in a filter, and of what grows with the toy's scale.
+PACK_SECONDS = {"cpt": 0.0155, "sft_short": 0.064, "sft_long": 0.114, "rl": 0.256, "opd": 0.225}
+PROMPT_SECONDS = {"rl": 0.0105, "opd": 0.0094}
+SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 26, "agent": 102}
+OTHER_SECONDS = {"data": 3, "cpt": 20, "report": 15}
+
+
+def expected_seconds(args):
+    """{part of the recipe: seconds}; empty where these proportions are not known to hold."""
+    if args.preset != "tiny" or args.device != "cpu":
+        return {}
+    expected = Counter(OTHER_SECONDS)
+    for part, seconds in SCALE_SECONDS.items():
+        expected[part] += seconds * args.scale
+    for stage in CHAIN:
+        recipe = recipe_of(stage, args, 0)
+        expected[stage] += PACK_SECONDS[stage] * recipe.packs * recipe.steps
+        if stage in PROMPT_SECONDS:
+            prompts = min(recipe.pool, STAGES[stage].recipe.pool * args.scale)       # no more are there
+            expected[stage] += PROMPT_SECONDS[stage] * prompts
+    return expected
+
+
+class Clock:
+    """Says after each part how long all that is left takes: as expected, times how much slower than expected
+    this run has been so far. Of a part that an earlier run began the time is not known."""
+
+    def __init__(self, args, now=time.monotonic):
+        self.now = now
+        self.began = now()
+        self.file = args.out / "seconds.json"              # for a resumed run: {part: seconds that it took}
+        self.taken = read_json(self.file) if self.file.is_file() else {}
+        self.expected = expected_seconds(args)
+        last = {"data": "base/scores.json", "agent": "opd/agent.json", "report": "report.html"}
+        self.left = []                                     # parts whose last file is not there
+        for part in self.expected:
+            if not (args.out / last.get(part, f"{part}/scores.json")).is_file():
+                self.left.append(part)
+
+    @contextmanager
+    def part(self, name, begun):
+        start = self.now()
+        yield
+        if not begun and rank() == 0:                      # the others may have found what this one began
+            self.taken[name] = round(self.now() - start, 1)
+            write_atomic(self.file, lambda p: p.write_text(json.dumps(self.taken)))
+        if name in self.left:
+            self.left.remove(name)
+        print(f"{name}: done, {self.minutes():.1f} minutes in this run{self.about()}", flush=True)
+
+    def minutes(self):
+        return (self.now() - self.began) / 60
+
+    def about(self):
+        """', about 7 are left'; "" if nothing is known yet."""
+        taken = 0.0
+        expected = 0.0
+        for part, seconds in self.taken.items():
+            taken += seconds
+            expected += self.expected.get(part, 0)
+        if not self.left or not expected:
+            return ""
+        left = sum(self.expected[part] for part in self.left) * taken / expected
+        return f", about {max(1, left / 60):.0f} more"
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 def parser_of(about):
@@ -1942,6 +2079,8 @@ def parser_of(about):
     add = parser.add_argument_group("what to run").add_argument
     stages = dict.fromkeys(re.sub("_(short|long)$", "", name) for name in STAGES)
     add("--stage", choices=list(stages), help="one stage; without it the whole recipe, tiny")
+    add("--quick", action="store_true", help="the whole recipe in five minutes: fewer steps, prompts and videos "
+        "(default --out runs/quick)")
     add("--phase", choices=["short", "long"], default="short", help="of --stage sft")
     add("--attn", choices=["m2la", "gqa", "released"], default="m2la",
         help="attention; gqa: without conversion; released: the authors' linear layer, which save_hf writes")
@@ -1963,7 +2102,8 @@ def parser_of(about):
     add("--val", type=Path, metavar="F.jsonl", help="held-out rows, of cpt and of --eval-every (default: "
         "val.jsonl of --data-dir; cpt with --data: one video in twenty of it, which is not trained on)")
     add("--data-dir", type=Path, help="directory of the toy data (default: --out/data)")
-    add("--scale", type=float, default=1.0, help="toy data: multiplies the number of videos")
+    add("--scale", type=float, help="toy data: multiplies the number of videos (default 1; --quick: "
+        f"{QUICK_SCALE:g})")
 
     training_flags(parser)
 
@@ -2042,7 +2182,10 @@ def check(args):
 
     args.base = args.base or ("shipped" if args.preset == "tiny" else "scratch")
     need(args.base == "scratch" or args.preset == "tiny", "--base shipped: is of --preset tiny")
-    args.out = args.out or Path("runs") / args.preset
+    need(args.preset == "tiny" or not args.quick, "--quick: is of --preset tiny")
+    if args.scale is None:
+        args.scale = QUICK_SCALE if args.quick else 1.0
+    args.out = args.out or Path("runs") / ("quick" if args.quick else args.preset)
     args.data_dir = args.data_dir or args.out / "data"
     stage = args.stage
     if f"{stage}_{args.phase}" in STAGES:
@@ -2069,7 +2212,7 @@ def main():
 
     jobs = args.jobs or (min(4, os.cpu_count()) if args.device == "cpu" else 1)
     stages = [stage] if stage else CHAIN
-    packs = args.packs or min(STAGES[name].recipe.packs for name in stages)
+    packs = min(recipe_of(name, args, 0).packs for name in stages)
     count = int(os.environ.get("WORLD_SIZE", jobs))
     need(packs >= count, f"--packs {packs}: fewer videos a step than the {count} processes; lower --jobs")
     args.out.mkdir(parents=True, exist_ok=True)

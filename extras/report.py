@@ -32,7 +32,8 @@ import av
 import numpy as np
 
 import iv3
-from eval import AGENT_TITLE, agent_lines, cell, parse_span, stage_samples, table, window
+from eval import (AGENT_TITLE, SPLITS, agent_lines, cell, paired_difference, parse_span, stage_samples, table,
+                  window)
 from iv3 import clip_of, media_items, need, user_turn
 from m2la import UserError
 from mcr_agent import FPS, describe_record, exact, listed, read_trace
@@ -238,7 +239,6 @@ def drawn(panels, columns, size):
 
 # ------------------------------------------------------------------------- a recipe's result tables
 
-SPLITS = {"short": "S", "long": "L"}
 TASKS = {"mcq": "mcq", "miou": "mIoU", "r1_70": "R1@.7"}          # figures of a stage, their titles
 SINGLE = [("base", "loss"), ("convert", "loss"), ("convert", "cache_ratio"), ("cpt", "loss"),
           ("opd", "gap_closed")]                                  # figures that one stage has
@@ -362,16 +362,71 @@ def gains_text(runs):
     return f"{title}\n\n{markdown(gains_table(runs))}"
 
 
-def results_blocks(results):
+# ---- what a run of `python train.py --quick` shows
+
+QUICK_TITLE = """\
+`python train.py --quick`, with a part of the steps, prompts and videos: no figure of the recipe. What each
+step changes on the same items, ± half the 95 % interval; seen: up or down where that leaves out 0"""
+QUICK_LIMITS = "TODO"
+
+
+def sign(step, figure, block, key, against):
+    """A line of quick_table: a change with its interval, losses in nats and all else in points."""
+    change = block[key]
+    low, high = block[f"{key}_ci"]
+    scale, form = (1, "+.3f") if "loss" in figure else (100, "+.1f")
+    seen = "no"
+    if low > 0:
+        seen = "up"
+    if high < 0:
+        seen = "down"
+    changed = with_half(scale * change, scale * (high - low) / 2, form)
+    return [plain(step), figure, changed, against, block[f"{key}_n"], seen]
+
+
+def training_sign(stage, figure, metrics):
+    """The last third of a stage's steps against the first."""
+    values = metrics[stage][figure]
+    third = max(1, len(values) // 3)
+    found = paired_difference(values[:third], values[-third:], range(third), 0)
+    block = {figure: found["difference"], f"{figure}_ci": found["ci"], f"{figure}_n": third}
+    return sign(stage, f"{figure} of training", block, figure, "its first third")
+
+
+def quick_table(results, metrics):
+    rows = []
+    for stage, block in results["changes"].items():
+        if "loss" in block:
+            rows.append(sign(stage, "loss", block, "loss", block["against"]))
+        for split, letter in SPLITS.items():
+            for figure, title in TASKS.items():
+                if figure in block.get(split, {}):
+                    rows.append(sign(stage, f"{letter} {title}", block[split], figure, block["against"]))
+        for figure, of_stage in (("reward", "rl"), ("loss", "opd")):
+            if stage == of_stage and stage in metrics:
+                rows.append(training_sign(stage, figure, metrics))
+    if "gap_closed" in results["opd"]:
+        rows.append(sign("opd", "gap to the teacher closed", results["opd"], "gap_closed", "rl"))
+    for group, block in results["agent"].items():
+        rows.append(sign(f"agent, {group}", "mcq", block, "gain", "direct answers"))
+    return Table(["step", "figure", "change", "against", "n", "seen"], rows)
+
+
+def results_blocks(results, metrics=()):
     """results.json → its tables, one row per stage, the strongest trivial baselines first."""
-    parts = {STAGES_TITLE: stage_table(results),
-             SINGLE_TITLE: single_table(results),
-             GAINS_TITLE: gains_table([gains(results)]),
-             AGENT_TITLE: agent_table(results)}
+    quick = results.get("quick")
+    parts = {STAGES_TITLE: stage_table(results), SINGLE_TITLE: single_table(results)}
+    if not quick:
+        parts[GAINS_TITLE] = gains_table([gains(results)])
+    parts[AGENT_TITLE] = agent_table(results)
+    if quick:
+        parts[QUICK_TITLE] = quick_table(results, metrics)
     blocks = []
     for title, part in parts.items():
         if part.rows:                                             # a run without the agent has no such table
             blocks += [Paragraph(title), part]
+    if quick:
+        blocks.append(Paragraph(QUICK_LIMITS))
     return blocks
 
 
@@ -386,7 +441,7 @@ def read_results(run):
     if not file.is_file():
         return None
     try:
-        return results_blocks(iv3.read_json(file))
+        return results_blocks(iv3.read_json(file), read_metrics(run))
     except (LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not written by `python train.py` ({e!r})") from e
 
