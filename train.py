@@ -1,6 +1,7 @@
 """The training recipe of InternVideo3 (§3.3, §4): four stages in one script.
 
     python train.py                              # the whole recipe on the toy world; a laptop's CPU is enough
+    python train.py --quick                      # all of it in five minutes, less of everything
     python train.py --stage sft --phase long     # one stage; it starts from the stage before it in --out
     python train.py --stage rl --init DIR --data F.jsonl --out runs/mine
     python train.py --stage cpt --init Qwen3-VL-2B-Instruct --data F.jsonl --out runs/mine   # Hugging Face's

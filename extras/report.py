@@ -412,7 +412,7 @@ def quick_table(results, metrics):
     return Table(["step", "figure", "change", "against", "n", "seen"], rows)
 
 
-def results_blocks(results, metrics=()):
+def results_blocks(results, run=None):
     """results.json → its tables, one row per stage, the strongest trivial baselines first."""
     quick = results.get("quick")
     parts = {STAGES_TITLE: stage_table(results), SINGLE_TITLE: single_table(results)}
@@ -420,7 +420,7 @@ def results_blocks(results, metrics=()):
         parts[GAINS_TITLE] = gains_table([gains(results)])
     parts[AGENT_TITLE] = agent_table(results)
     if quick:
-        parts[QUICK_TITLE] = quick_table(results, metrics)
+        parts[QUICK_TITLE] = quick_table(results, read_metrics(run))
     blocks = []
     for title, part in parts.items():
         if part.rows:                                             # a run without the agent has no such table
@@ -441,7 +441,7 @@ def read_results(run):
     if not file.is_file():
         return None
     try:
-        return results_blocks(iv3.read_json(file), read_metrics(run))
+        return results_blocks(iv3.read_json(file), run)
     except (LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not written by `python train.py` ({e!r})") from e
 

@@ -1,4 +1,5 @@
 """The commands as a user runs them: help, mistakes (one line, exit code 2, nothing left behind), a first small run."""
+import itertools
 import json
 import os
 import random
@@ -331,11 +332,12 @@ def test_kill_9_at_any_moment_changes_no_bit(stage, command, world, tmp_path):
 
 def test_the_whole_recipe_from_one_command(command, world):
     """Data, conversion, four stages, agent and table, at the smallest scale; a second call only prints the table."""
-    arguments = ("train.py", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 2, "--jobs", 2)
+    arguments = ("train.py", "--quick", "--out", "whole", "--scale", 0.02, "--steps", 2, "--packs", 2, "--jobs", 2)
     code, out, err = command(world, *arguments)
     assert code == 0, err
     results = json.loads((world / "whole" / "results.json").read_text())
-    for stage in ("sft_short", "sft_long", "rl", "opd"):
+    stages = ("sft_short", "sft_long", "rl", "opd")
+    for stage in stages:
         for length in ("short", "long"):
             for name in ("mcq", "miou", "r1_50", "width"):
                 assert {name, f"{name}_n", f"{name}_ci"} <= set(results[stage][length])
@@ -343,14 +345,20 @@ def test_the_whole_recipe_from_one_command(command, world):
         assert 0 < results["baselines"][length]["miou"] < results["baselines"][length]["mcq"] < 1
     assert 0.45 < results["convert"]["cache_ratio"] <= 0.5 and results["base"]["loss"] < results["convert"]["loss"] < 2
     for evidence in ("unseen", "seen"):
-        assert {"direct", "agentic", "agentic_n", "agentic_ci"} <= set(results["agent"][evidence])
+        assert {"direct", "agentic", "gain", "gain_n", "gain_ci"} <= set(results["agent"][evidence])
+    assert results["quick"] and list(results["changes"]) == ["convert", "cpt", *stages]
+    parts = ["data", "cpt", *stages]
+    assert re.findall(r"\n(\w+): done, [\d.]+ minutes in this run, about \d+ more\n", out) == parts
+    for before, after in itertools.pairwise(parts[2:]):      # its row and what changed, before the next stage begins
+        row = rf"\n{before}: done.*\n{after}: starts from .*\n\| {after} .*\n\| change .*\n{after}: done"
+        assert re.search(row, out, re.S)
     assert "whole/report.html and report.md written\n" in out and "minutes in this run" in out.splitlines()[-1]
-    assert len(json.loads((world / "whole" / "decode.json").read_text())["rows"]) == 3
     asked = {json.loads(line)["clip"] for line in (world / "whole" / "data" / "curated" / "curated.jsonl").open()}
     assert asked and all(re.fullmatch(r"\.\./clips/long/long_\d+\.mp4", clip) for clip in asked)
     assert (world / "whole" / "report.html").read_text().count("data:image/png") >= 5 * 6
     weights = (world / "whole" / "opd" / "weights.pt").read_bytes()
     code, again, err = command(world, *arguments)
     table, same = (text.partition("\nS: ")[2].partition("whole/results.json")[0] for text in (out, again))
-    assert code == 0 and "| opd " in table and same == table
+    assert code == 0 and "| opd " in table and "--quick" in table and same == table
+    assert "more\n" not in again                             # nothing was left to wait for
     assert (world / "whole" / "opd" / "weights.pt").read_bytes() == weights

@@ -65,6 +65,39 @@ def test_what_each_step_changes_is_told_in_points_and_over_seeds():
     assert report.gains_table([one]).rows[0][:2] == ["convert", "+0.250"]
 
 
+def test_the_table_of_a_quick_run_says_what_is_seen(tmp_path):
+    """Up and down where the interval leaves out 0; nats of losses, points of all else."""
+    def block(key, value, low, high, n=9):
+        return {key: value, f"{key}_ci": [low, high], f"{key}_n": n}
+    results = fake_results()
+    results |= {"quick": True, "changes": {
+        "convert": {"against": "base", **block("loss", 0.02, 0.01, 0.03)},
+        "cpt": {"against": "convert", **block("loss", -0.02, -0.03, -0.01)},
+        "sft_short": {"against": "baselines", "short": block("mcq", 0.5, 0.4, 0.6),
+                      "long": block("miou", 0.1, -0.1, 0.3)},
+        "rl": {"against": "sft_short", "short": {}, "long": block("miou", -0.1, -0.3, 0.1)}}}
+    results["opd"] |= block("gap_closed", 0.4, 0.1, 0.7)
+    for group in results["agent"].values():
+        group |= block("gain", 0.25, -0.25, 0.75)
+    write_rows(tmp_path / "metrics.jsonl", [{"stage": "rl", "step": i, "reward": i / 10} for i in range(9)])
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    blocks = report.read_results(tmp_path)
+    table, = (block for block in blocks if isinstance(block, report.Table) and block.header[-1] == "seen")
+    assert table.rows == [
+        ["convert", "loss", "+0.020 ± 0.010", "base", 9, "up"],
+        ["cpt", "loss", "-0.020 ± 0.010", "convert", 9, "down"],
+        ["sft_short", "S mcq", "+50.0 ± 10.0", "baselines", 9, "up"],
+        ["sft_short", "L mIoU", "+10.0 ± 20.0", "baselines", 9, "no"],
+        ["rl", "L mIoU", "-10.0 ± 20.0", "sft_short", 9, "no"],
+        ["rl", "reward of training", "+60.0 ± 0.0", "its first third", 3, "up"],
+        ["opd", "gap to the teacher closed", "+40.0 ± 30.0", "rl", 9, "up"],
+        ["agent, unseen", "mcq", "+25.0 ± 50.0", "direct answers", 9, "no"],
+        ["agent, seen", "mcq", "+25.0 ± 50.0", "direct answers", 9, "no"]]
+    text = report.markdown_page(blocks)
+    assert report.QUICK_TITLE in text and text.endswith(report.QUICK_LIMITS) and report.GAINS_TITLE not in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 EVIL = "<script>x</script> ![](http://evil/x.png) `|\n\n# not a heading"

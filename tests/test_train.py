@@ -1045,3 +1045,72 @@ def test_a_stage_of_a_fork_is_one_entry(tiny, tokenizer, toy, tmp_path, monkeypa
     assert f"more: starts from {tmp_path / 'dpo'} (gqa" in capsys.readouterr().out
     assert iv3.find_model(tmp_path / "dpo") == tmp_path / "dpo" and train.CHAIN == ("cpt", "sft_short", "sft_long",
                                                                                      "rl", "opd")
+
+
+# ---- the whole recipe -----------------------------------------------------------------------------------------------
+
+def parsed(*flags):
+    args = train.parser_of("").parse_args(list(map(str, flags)))
+    train.check(args)
+    return args
+
+
+def test_quick_is_the_same_chain_with_less_of_everything(monkeypatch):
+    args = parsed("--quick")
+    assert (str(args.out), args.scale) == ("runs/quick", train.QUICK_SCALE) and set(train.QUICK) == set(train.CHAIN)
+    for stage in train.CHAIN:
+        whole, quick = train.STAGES[stage].recipe, train.recipe_of(stage, args, 10 ** 6)
+        assert quick.mix == whole.mix and quick.steps * quick.packs < whole.steps * whole.packs / 2
+        assert train.recipe_of(stage, parsed("--quick", "--steps", 3), 10 ** 6).steps == 3       # flags come after it
+    quick, whole = train.expected_seconds(args), train.expected_seconds(parsed())
+    assert quick.keys() == whole.keys() and quick.total() < whole.total() / 3
+    with pytest.raises(UserError, match="--quick: is of --preset tiny"):
+        parsed("--quick", "--preset", "small")
+
+
+def test_the_time_that_is_left_is_told_in_proportion(tmp_path, monkeypatch, capsys):
+    """A clock that is set by hand. Parts are expected to take 60 to 300 s; this machine is twice as slow."""
+    monkeypatch.setattr(train, "expected_seconds", lambda args: {"data": 60, "cpt": 120, "rl": 300, "agent": 120})
+    args, time = SimpleNamespace(out=tmp_path), [0.0]
+
+    def part(clock, name, seconds, begun=False):
+        with clock.part(name, begun):
+            time[0] += seconds
+        said = capsys.readouterr().out
+        assert said.startswith(f"{name}: done, ")
+        return said.removeprefix(f"{name}: done, ").strip()
+    clock = train.Clock(args, lambda: time[0])
+    assert part(clock, "data", 120) == "2.0 minutes in this run, about 18 more"
+    with pytest.raises(KeyboardInterrupt), clock.part("cpt", False):
+        time[0] += 100
+        raise KeyboardInterrupt
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "scores.json").write_text("{}")                    # what a finished part leaves
+
+    clock = train.Clock(args, lambda: time[0])                              # the same command again
+    assert part(clock, "data", 1, begun=True) == "0.0 minutes in this run, about 18 more"
+    assert part(clock, "cpt", 30, begun=True) == "0.5 minutes in this run, about 14 more"       # no word on the pace
+    assert part(clock, "rl", 300) == "5.5 minutes in this run, about 2 more"                    # 420 s for 360
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"data": 120, "rl": 300}
+    monkeypatch.setattr(train, "expected_seconds", lambda args: {})         # of another size nothing is known
+    assert part(train.Clock(args, lambda: time[0]), "data", 60) == "1.0 minutes in this run"
+
+
+def test_what_a_stage_changes_is_told_item_by_item(toy):
+    """By hand: of each multiple-choice item .25 more; where they end, spans, a half more on one clip of two."""
+    args = SimpleNamespace(data_dir=toy, seed=0)
+    before, after = {}, {}
+    for length in ("short", "long"):
+        rows = [row for row in iv3.load_rows(toy / f"test_{length}.jsonl") if row["task"] in ("mcq", "grounding")]
+        clip = iv3.clip_of(rows[0])
+        before[length] = {"items": {row["id"]: 0.25 for row in rows}}
+        after[length] = {"items": {row["id"]: 0.5 if row["task"] == "mcq" else 0.25 + 0.5 * (iv3.clip_of(row) == clip)
+                                   for row in rows}}
+    block = train.change_of(before, after, args)
+    asked = sum(row["task"] == "mcq" for row in iv3.load_rows(toy / "test_long.jsonl"))
+    assert block["long"]["mcq"] == 0.25 and block["long"]["mcq_ci"] == [0.25, 0.25] and block["long"]["mcq_n"] == asked
+    assert block["short"]["miou"] == 0.25 and block["short"]["miou_ci"] == [0.0, 0.5]            # two clips
+    rows = iv3.load_rows(toy / "val.jsonl")
+    nats = np.full((len(rows), 2), [3.0, 2.0])
+    loss = train.change_of({"loss": 1.5, "nats": nats.tolist()}, {"loss": 1.0, "nats": (nats - [1, 0]).tolist()}, args)
+    assert loss == {"loss": -0.5, "loss_n": len(rows), "loss_ci": [-0.5, -0.5]}
