@@ -1817,9 +1817,10 @@ def whole_recipe(args):
                 before = "convert"
             add_stage(stage, before, scores, results, args)
         before = stage
-    scores["teacher"] = scores_of("teacher", args)
-    results["teacher"] = stage_block(scores["teacher"])
-    add_conclusions(scores, results, args)
+    with clock.part("agent", begun=(args.out / "opd/agent.json").exists()):
+        scores["teacher"] = scores_of("teacher", args)
+        results["teacher"] = stage_block(scores["teacher"])
+        add_conclusions(scores, results, args)
     text = json.dumps(results, indent=1)
     once(lambda: write_atomic(args.out / "results.json", lambda p: p.write_text(text)))
     if not args.quick:
@@ -2010,13 +2011,13 @@ def succeeds(script, *flags):
 # Seconds of two cores: of a pack in a step, of a prompt in a filter, and of what grows with the toy's scale.
 PACK_SECONDS = {"cpt": 0.0155, "sft_short": 0.064, "sft_long": 0.114, "rl": 0.256, "opd": 0.225}
 PROMPT_SECONDS = {"rl": 0.0105, "opd": 0.0094}
-SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 26, "agent": 102}
+SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 14, "agent": 115}
 OTHER_SECONDS = {"data": 3, "cpt": 20, "report": 15}
 
 
 def expected_seconds(args):
     """{part of the recipe: seconds}; empty where these proportions are not known to hold."""
-    if args.preset != "tiny" or args.device != "cpu":
+    if args.base == "scratch" or args.device != "cpu":
         return {}
     expected = Counter(OTHER_SECONDS)
     for part, seconds in SCALE_SECONDS.items():
