@@ -1905,7 +1905,7 @@ def add_stage(stage, before, scores, results, args):
     change = {"against": before, **change_of(scores[before], scores[stage], args)}
     results["changes"][stage] = change
     shown = {name: results[name] for name in ("baselines", before, stage) if name in results}
-    print(f"\n{evaluation.render_stages({**shown, 'change': change})}\n")
+    print(f"\n{evaluation.render_stages({**shown, 'change': change})}")
 
 
 def stage_block(scores):
@@ -2056,7 +2056,7 @@ class Clock:
             write_atomic(self.file, lambda p: p.write_text(json.dumps(self.taken)))
         if name in self.left:
             self.left.remove(name)
-        print(f"{name}: done, {self.minutes():.1f} minutes in this run{self.about()}", flush=True)
+        print(f"\n{name}: done, {self.minutes():.1f} minutes in this run{self.about()}", flush=True)
 
     def minutes(self):
         return (self.now() - self.began) / 60

@@ -348,7 +348,7 @@ def test_the_whole_recipe_from_one_command(command, world):
         assert {"direct", "agentic", "gain", "gain_n", "gain_ci"} <= set(results["agent"][evidence])
     assert results["quick"] and list(results["changes"]) == ["convert", "cpt", *stages]
     parts = ["data", "cpt", *stages, "agent"]
-    assert re.findall(r"\n(\w+): done, [\d.]+ minutes in this run, about \d+ more\n", out) == parts
+    assert re.findall(r"^(\w+): done, [\d.]+ minutes in this run, about \d+ more$", out, re.M) == parts
     for before, after in itertools.pairwise(parts[2:-1]):      # its row and what changed, before the next stage begins
         row = rf"\n{before}: done.*\n{after}: starts from .*\n\| {after} .*\n\| change .*\n{after}: done"
         assert re.search(row, out, re.S)

@@ -1076,9 +1076,9 @@ def test_the_time_that_is_left_is_told_in_proportion(tmp_path, monkeypatch, caps
     def part(clock, name, seconds, begun=False):
         with clock.part(name, begun):
             time[0] += seconds
-        said = capsys.readouterr().out
+        said = capsys.readouterr().out.strip()
         assert said.startswith(f"{name}: done, ")
-        return said.removeprefix(f"{name}: done, ").strip()
+        return said.removeprefix(f"{name}: done, ")
     clock = train.Clock(args, lambda: time[0])
     assert part(clock, "data", 120) == "2.0 minutes in this run, about 18 more"
     with pytest.raises(KeyboardInterrupt), clock.part("cpt", False):
