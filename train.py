@@ -177,12 +177,15 @@ STAGES = {
 CHAIN = tuple(STAGES)                # the stages of the whole recipe; what a fork adds is run by --stage
 
 # --quick: all of it in five minutes on two cores. What is other than above, and the share of the toy's videos.
+# Half of the time is SFT's: of half as many long packs the agent learns nothing.
 QUICK = {
     "cpt": dict(steps=30, packs=24),
     "sft_short": dict(steps=200, packs=4),
-    "sft_long": dict(steps=130, packs=4),
-    "rl": dict(steps=12, lr=2e-4, pool=400),
-    "opd": dict(steps=18, pool=500),
+    "sft_long": dict(steps=260, packs=4,
+                     mix={"sft_long.jsonl": 0.25, CURATED: 0.04, "sft_agent.jsonl": 0.5, "sft_plan.jsonl": 0.05,
+                          "sft_short.jsonl": 0.14, "cpt_text.jsonl": 0.02}),
+    "rl": dict(steps=16, packs=4, lr=2e-4, pool=400),
+    "opd": dict(steps=18, pool=400),
 }
 QUICK_SCALE = 0.2
 SMALL = dict(tokens=16_384)          # from 10 M parameters on: preset small has 54 tokens a second of video
