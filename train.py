@@ -2065,16 +2065,13 @@ class Clock:
         return (self.now() - self.began) / 60
 
     def about(self):
-        """', about 7 are left'; "" if nothing is known yet."""
-        taken = 0.0
-        expected = 0.0
-        for part, seconds in self.taken.items():
-            taken += seconds
-            expected += self.expected.get(part, 0)
+        """', about 7 more'; "" if nothing is known yet."""
+        expected = sum(self.expected.get(part, 0) for part in self.taken)
         if not self.left or not expected:
             return ""
-        left = sum(self.expected[part] for part in self.left) * taken / expected
-        return f", about {max(1, left / 60):.0f} more"
+        pace = sum(self.taken.values()) / expected
+        minutes = pace * sum(self.expected[part] for part in self.left) / 60
+        return f", about {max(1, minutes):.0f} more"
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -367,7 +367,9 @@ def gains_text(runs):
 QUICK_TITLE = """\
 `python train.py --quick`, with a part of the steps, prompts and videos: no figure of the recipe. What each
 step changes on the same items, ± half the 95 % interval; seen: up or down where that leaves out 0"""
-QUICK_LIMITS = "TODO"
+QUICK_LIMITS = """\
+It cannot show what RL and OPD bring on clips that they have not seen (a few points, less than these
+intervals), how good the agent gets, or which of two settings is better: the whole recipe is for that."""
 
 
 def sign(step, figure, block, key, against):

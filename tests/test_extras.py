@@ -453,6 +453,20 @@ def test_bench_agent_cache_runs_only_what_is_new(tmp_path, monkeypatch, capsys):
     assert "m2la_rebuilt_s" in capsys.readouterr().out
 
 
+def test_the_recipe_has_its_decode_times_measured_once(tmp_path, monkeypatch):
+    """By the bench itself, of shorter contexts here."""
+    def command(script, *flags):
+        flags = ["32,64" if "," in str(flag) else str(flag) for flag in flags]
+        monkeypatch.setattr(sys, "argv", [script, *flags, "--steps", "2"])
+        bench_decode.main()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(train, "command", command)
+    train.bench_decode(tmp_path / "decode.json")
+    assert [row["context"] for row in json.loads((tmp_path / "decode.json").read_text())["rows"]] == [32, 64]
+    monkeypatch.setattr(train, "command", None)
+    train.bench_decode(tmp_path / "decode.json")
+
+
 def test_bench_decode_leaves_out_what_does_not_fit(tmp_path, monkeypatch, capsys):
     """64 tokens of a tiny layer take 16 kB in M²LA's cache, 33 in GQA's, 131 in the eager one with its copies."""
     free = iter([1.0, 1.0, 40e-6, 20e-6, 7e-6])                  # GB: for the weights, then for each context
