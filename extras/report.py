@@ -365,24 +365,26 @@ def gains_text(runs):
 # ---- what a run of `python train.py --quick` shows
 
 QUICK_TITLE = """\
-`python train.py --quick`, with a part of the steps, prompts and videos: no figure of the recipe. What each
-step changes on the same items, ± half the 95 % interval; seen: up or down where that leaves out 0"""
-QUICK_LIMITS = """\
-It cannot show what RL and OPD bring on clips that they have not seen (a few points, less than these
-intervals), how good the agent gets, or which of two settings is better: the whole recipe is for that."""
+`python train.py --quick`: what each step changes on the same n items (of training: n steps), points or
+nats ± half the 95 % interval; seen: up or down, where that leaves out 0. So few steps and clips cannot
+show what RL and OPD bring on clips that they have not seen (a few points, less than these intervals),
+how good the agent gets, or which of two settings is better: the whole recipe is for that"""
 
 
 def sign(step, figure, block, key, against):
     """A line of quick_table: a change with its interval, losses in nats and all else in points."""
     change = block[key]
     low, high = block[f"{key}_ci"]
-    scale, form = (1, "+.3f") if "loss" in figure else (100, "+.1f")
+    half = (high - low) / 2
+    if "loss" in figure:
+        changed = with_half(change, half, "+.3f")
+    else:
+        changed = with_half(100 * change, 100 * half, "+.1f")
     seen = "no"
     if low > 0:
         seen = "up"
     if high < 0:
         seen = "down"
-    changed = with_half(scale * change, scale * (high - low) / 2, form)
     return [plain(step), figure, changed, against, block[f"{key}_n"], seen]
 
 
@@ -404,9 +406,10 @@ def quick_table(results, metrics):
             for figure, title in TASKS.items():
                 if figure in block.get(split, {}):
                     rows.append(sign(stage, f"{letter} {title}", block[split], figure, block["against"]))
-        for figure, of_stage in (("reward", "rl"), ("loss", "opd")):
-            if stage == of_stage and stage in metrics:
-                rows.append(training_sign(stage, figure, metrics))
+        if stage == "rl" and stage in metrics:
+            rows.append(training_sign(stage, "reward", metrics))
+        if stage == "opd" and stage in metrics:
+            rows.append(training_sign(stage, "loss", metrics))
     if "gap_closed" in results["opd"]:
         rows.append(sign("opd", "gap to the teacher closed", results["opd"], "gap_closed", "rl"))
     for group, block in results["agent"].items():
@@ -416,19 +419,17 @@ def quick_table(results, metrics):
 
 def results_blocks(results, run=None):
     """results.json → its tables, one row per stage, the strongest trivial baselines first."""
-    quick = results.get("quick")
-    parts = {STAGES_TITLE: stage_table(results), SINGLE_TITLE: single_table(results)}
-    if not quick:
-        parts[GAINS_TITLE] = gains_table([gains(results)])
-    parts[AGENT_TITLE] = agent_table(results)
-    if quick:
+    parts = {STAGES_TITLE: stage_table(results),
+             SINGLE_TITLE: single_table(results),
+             GAINS_TITLE: gains_table([gains(results)]),
+             AGENT_TITLE: agent_table(results)}
+    if results.get("quick"):                                      # its changes come with intervals, and last
+        del parts[GAINS_TITLE]
         parts[QUICK_TITLE] = quick_table(results, read_metrics(run))
     blocks = []
     for title, part in parts.items():
         if part.rows:                                             # a run without the agent has no such table
             blocks += [Paragraph(title), part]
-    if quick:
-        blocks.append(Paragraph(QUICK_LIMITS))
     return blocks
 
 

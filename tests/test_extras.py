@@ -94,7 +94,7 @@ def test_the_table_of_a_quick_run_says_what_is_seen(tmp_path):
         ["agent, unseen", "mcq", "+25.0 ± 50.0", "direct answers", 9, "no"],
         ["agent, seen", "mcq", "+25.0 ± 50.0", "direct answers", 9, "no"]]
     text = report.markdown_page(blocks)
-    assert report.QUICK_TITLE in text and text.endswith(report.QUICK_LIMITS) and report.GAINS_TITLE not in text
+    assert report.QUICK_TITLE in text and report.GAINS_TITLE not in text
     assert max(map(len, text.splitlines())) <= 110
 
 
