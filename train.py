@@ -2015,7 +2015,7 @@ def succeeds(script, *flags):
 # Seconds of two cores: of a pack in a step, of a prompt in a filter, and of what grows with the toy's scale.
 PACK_SECONDS = {"cpt": 0.0155, "sft_short": 0.064, "sft_long": 0.114, "rl": 0.256, "opd": 0.225}
 PROMPT_SECONDS = {"rl": 0.0105, "opd": 0.0094}
-SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 14, "agent": 115}
+SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 14, "agent": 45}
 OTHER_SECONDS = {"data": 3, "cpt": 20, "report": 15}
 
 
