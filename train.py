@@ -1892,8 +1892,9 @@ def scores_of(stage, args):
         for length in ("short", "long"):
             test = args.data_dir / f"test_{length}.jsonl"
             train = args.data_dir / f"sft_{length}.jsonl" if first else None
+            # 128 rows: a dozen toy videos at a time, in .6 of the time of 32
             scores[length] = evaluation.evaluate(model, processor, test, train, seed=args.seed, blind=first,
-                                                 model_dir=args.out / stage)
+                                                 batch_size=128, model_dir=args.out / stage)
         return scores
     return stored(args.out / stage / "scores.json", measure)
 
