@@ -41,7 +41,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from itertools import compress, groupby
+from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -527,6 +527,8 @@ class InternVideo3(nn.Module):
 # --------------------------------------------------------------------------------------------------- video in
 # Times are rounded to the clock of their file; two that are less than this apart are one, in seconds.
 TICK = 1e-3
+# Compressed frames held at once while the next key frame is looked for; a minute of them in most files.
+MOST_HELD = 1000
 
 
 @dataclass
@@ -541,6 +543,17 @@ class Opened(NamedTuple):
     container: av.container.InputContainer
     stream: av.video.stream.VideoStream      # its first video stream
     origin: float                            # where its clock starts, in seconds; players call this moment 0
+
+    def seconds(self, ticks):
+        """A time of the stream → seconds from the start of the file, to the bit as PyAV has frame.time."""
+        base = self.stream.time_base
+        return ticks * base.numerator / base.denominator - self.origin
+
+
+class Group(NamedTuple):
+    """Packets (frames as they are sent, compressed) from a key frame to the next. They need none before them."""
+    packets: list
+    until: float                             # when the next key frame is shown, in seconds; infinity: not known
 
 
 class Shown(NamedTuple):
@@ -608,22 +621,108 @@ def sample_times(start, end, fps, max_frames=None, pairs=False):
     return np.stack([first, first + 1 / fps], 1).reshape(-1)
 
 
-def decode_frames(path, start):
-    """Yield (time, frame) from the key frame before `start` seconds, or from the beginning of the file.
+def packet_groups(opened):
+    """Yield the Groups of a file. Raises MediaError where its packets do not say when each frame is shown."""
+    packets = []
+    latest = -math.inf                                   # of the times so far
+    for packet in opened.container.demux(opened.stream):
+        if packet.size == 0:                             # the end: the decoder gives out what it still holds
+            packets.append(packet)
+            break
+        need(packet.pts is not None, "a frame without a time", MediaError)
+        if packet.is_keyframe:
+            need(packet.pts > latest, "a key frame that is shown before frames sent earlier", MediaError)
+            if packets:
+                yield Group(packets, opened.seconds(packet.pts))
+            packets = []
+        elif len(packets) == MOST_HELD:
+            yield Group(packets, math.inf)
+            packets = []
+        packets.append(packet)
+        latest = max(latest, packet.pts)
+    yield Group(packets, math.inf)
 
-    A seek may land behind `start` where a format has no index (MPEG-TS): then all is decoded."""
+
+def unseen(group, wanted, opened):
+    """Which B-frames of a group are on the screen at no wanted time? → the pts of their packets"""
+    pts = [packet.pts for packet in group.packets if packet.size > 0]
+    order = np.sort(pts)
+    # The frame at a wanted time is the last that has come by then.                                   (F,)
+    last = np.searchsorted(opened.seconds(order), wanted + TICK, "right") - 1
+    seen = set(order[np.maximum(last, 0)].tolist())
+    # A B-frame is shown before a frame that is sent earlier.
+    sent_before = np.maximum.accumulate(pts)
+    return {ticks for ticks, latest in zip(pts, sent_before) if ticks < latest} - seen
+
+
+def decode_group(group, context, anew, skip):
+    """Yield the frames that come out of the decoder while the packets of a group go in, but for those with a
+    pts in `skip`. `anew`: the packets before these have been left out."""
+    key = group.packets[0]
+    if anew:
+        context.flush_buffers()
+    for packet in group.packets:
+        # The decoder leaves out such a frame, unless others refer to it.
+        context.skip_frame = "NONREF" if packet.pts in skip else "DEFAULT"
+        for frame in packet.decode():
+            if anew and frame.pts < key.pts:
+                continue                                 # an open group: this one refers to the group before
+            need(not anew or (frame.key_frame and frame.pts == key.pts), "no picture at a key frame", MediaError)
+            anew = False
+            yield frame
+
+
+def decode_sparsely(opened, wanted, anew):
+    """Yield the frames on the screen at the wanted times and some others, in order: a group that is over before
+    the next wanted time is not decoded. The frames are those that decoding everything gives, and where this is
+    not sure MediaError is raised. `anew`: the file is not read from its beginning."""
+    context = opened.stream.codec_context
+    upcoming = 0                                         # the first wanted time whose frame may still come
+    latest = -math.inf                                   # when the frame before was shown
+    progressive = False
+    for group in packet_groups(opened):
+        if anew and not group.packets[0].is_keyframe:
+            continue
+        skip = ()
+        if context.name == "h264" and progressive:       # of fields, two packets may be one frame
+            skip = unseen(group, wanted, opened)
+        if group.until > wanted[upcoming]:
+            for frame in decode_group(group, context, anew, skip):
+                now = opened.seconds(frame.pts)
+                need(now > latest and not frame.is_corrupt, "damaged, or not in order", MediaError)
+                latest = now
+                progressive = not frame.interlaced_frame
+                yield now, frame
+                # The frames before this one were on the screen at all earlier times.
+                upcoming = int(np.searchsorted(wanted + TICK, now))
+                if upcoming == len(wanted):
+                    return
+                if group.until <= wanted[upcoming]:
+                    break
+        anew = group.until <= wanted[upcoming]
+
+
+def decode_frames(path, start, wanted=None):
+    """Yield (time, frame) from the key frame before `start` seconds on, or from the beginning of the file: all
+    frames, or those for the `wanted` times.
+
+    A seek may land behind `start` where a format has no index (MPEG-TS): then the file is read as a whole."""
     attempts = [True, False] if start > 0 else [False]
     for seek in attempts:
-        with open_media(path) as (container, stream, origin):
+        with open_media(path) as opened:
+            stream = opened.stream
             # Threads cost more to start than they save on small pictures.
             large = stream.width * stream.height > 256 * 256
             stream.thread_type = "AUTO" if large else "NONE"
             if seek:
-                ticks = int((start + origin) / stream.time_base)
-                container.seek(ticks, stream=stream, backward=True)
+                ticks = int((start + opened.origin) / stream.time_base)
+                opened.container.seek(ticks, stream=stream, backward=True)
+            if wanted is None:
+                frames = ((frame.time - opened.origin, frame) for frame in opened.container.decode(stream))
+            else:
+                frames = decode_sparsely(opened, wanted, anew=seek)
             behind = False                               # did the seek land later than `start`?
-            for i, frame in enumerate(container.decode(stream)):
-                now = frame.time - origin
+            for i, (now, frame) in enumerate(frames):
                 behind = seek and i == 0 and now > start + TICK
                 if behind:
                     break
@@ -632,11 +731,11 @@ def decode_frames(path, start):
                 return
 
 
-def shown_frames(path, start):
+def shown_frames(path, start, wanted=None):
     """Yield Shown for every frame of `decode_frames`: its end is known when the next one is decoded."""
     frame = None
     since = None                                         # when `frame` came on the screen
-    for until, following in decode_frames(path, start):
+    for until, following in decode_frames(path, start, wanted):
         if frame is not None:
             yield Shown(frame, since, until)
         frame = following
@@ -645,45 +744,72 @@ def shown_frames(path, start):
         yield Shown(frame, since, math.inf)
 
 
-def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
-    """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
+def pick_frames(path, frames, wanted, limit):
+    """Of `shown_frames`, those on the screen at the wanted times: yield one Shown for each time.
 
-    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a
-    minute and the length of the window: an hour of film takes minutes)."""
-    duration = probe(path)
-    start = max(0.0, start or 0.0)
-    end = duration if end is None else min(end, duration)
-    window = f"{start:g}–{end:g} s"
-    need(fps > 0 and end > start,
-         f"{path}: nothing to read in {window} at {fps:g} fps (the video has {duration:.1f} s)", MediaError)
-    wanted = sample_times(start, end, fps, max_frames, pairs)               # (F,) ascending
-    if deadline is None:
-        deadline = 60 + end - start
-    limit = time.monotonic() + deadline
-
-    pixels = []                                          # of the frames found so far, one per wanted time
-    times = []                                           # when they came on the screen
-    reformatter = VideoReformatter()
-    for shown in shown_frames(path, start):
+    Raises MediaError where the file is cut off, and at the `limit` (time.monotonic)."""
+    count = 0                                            # of the wanted times whose frames are found
+    for shown in frames:
         need(time.monotonic() <= limit,
-             f"{path}: decoding took more than {deadline:g} s; read a shorter window or raise deadline",
-             MediaError)
+             f"{path}: decoding takes too long; read a shorter window or raise deadline", MediaError)
         if shown.until == math.inf:
             # The last frame stays on the screen, a second and a twentieth of the film at most: where more is
             # wanted, the file has lost its end.
             frame = shown.frame
+            duration = probe(path)
             last = shown.since + float((frame.duration or 0) * frame.time_base)
             need(wanted[-1] <= last + 1 + 0.05 * duration,
                  f"{path}: the pictures end at {last:.1f} s of {duration:.1f} s; is the file cut off?",
                  MediaError)
         # Every time that is wanted before the next frame comes sees this frame.
-        sights = int((wanted[len(times):] + TICK < shown.until).sum())
-        if sights > 0:
-            pixels += [upright(shown.frame, reformatter)] * sights
-            times += [shown.since] * sights
-        if len(times) == len(wanted):
-            break
-    need(times, f"{path}: no frame could be decoded in {window}", MediaError)
+        while count < len(wanted) and wanted[count] + TICK < shown.until:
+            yield shown
+            count += 1
+        if count == len(wanted):
+            return
+    need(count > 0, f"{path}: no frame could be decoded", MediaError)
+
+
+def watch(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
+    """Yield Shown: what is on the screen at `sample_times` of [start, end) seconds. See `read_video`."""
+    duration = probe(path)
+    start = max(0.0, start or 0.0)
+    end = duration if end is None else min(end, duration)
+    need(fps > 0 and end > start,
+         f"{path}: nothing to read in {start:g}–{end:g} s at {fps:g} fps (the video has {duration:.1f} s)",
+         MediaError)
+    wanted = sample_times(start, end, fps, max_frames, pairs)               # (F,) ascending
+    if deadline is None:
+        deadline = 60 + end - start
+    limit = time.monotonic() + deadline
+
+    count = 0
+    try:
+        for shown in pick_frames(path, shown_frames(path, wanted[0], wanted), wanted, limit):
+            yield shown
+            count += 1
+    except MediaError:
+        # Odd or damaged. Decoding everything gives the frames, or says what is wrong.
+        everything = pick_frames(path, shown_frames(path, start), wanted, limit)
+        yield from islice(everything, count, None)
+
+
+def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
+    """The frames on screen at `sample_times` of [start, end) seconds, with their real times; keeps no others.
+
+    Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a
+    minute and the length of the window). Where frames are wanted seldom, most of the file is not decoded, and
+    damage there goes unnoticed."""
+    pixels = []                                          # of the frames found so far, one per wanted time
+    times = []                                           # when they came on the screen
+    reformatter = VideoReformatter()
+    last = None
+    for shown in watch(path, start, end, fps, max_frames, pairs, deadline):
+        if shown is not last:
+            picture = upright(shown.frame, reformatter)
+        last = shown
+        pixels.append(picture)
+        times.append(shown.since)
     return Video(np.stack(pixels), np.array(times, np.float64))
 
 
