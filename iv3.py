@@ -644,9 +644,13 @@ def packet_groups(opened):
 
 
 def unseen(group, wanted, opened):
-    """Which B-frames of a group are on the screen at no wanted time? → the pts of their packets"""
+    """Which B-frames of a group are on the screen at no wanted time? → the pts of their packets; none where
+    frames come unevenly: one may be lost, and what a decoder shows then depends on all that it has seen."""
     pts = [packet.pts for packet in group.packets if packet.size > 0]
     order = np.sort(pts)
+    steps = np.diff(order)
+    if len(steps) == 0 or steps.max() > 1.5 * steps.min():
+        return set()
     # The frame at a wanted time is the last that has come by then.                                   (F,)
     last = np.searchsorted(opened.seconds(order), wanted + TICK, "right") - 1
     seen = set(order[np.maximum(last, 0)].tolist())

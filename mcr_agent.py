@@ -57,9 +57,11 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
+from tqdm import tqdm
 
 from iv3 import (SPECIALS, find_model, load_file, need, open_model, probe, read_json, read_video, run_cli,
-                 sample_times, sample_token, write_atomic)
+                 sample_times, sample_token, upright, watch, write_atomic)
 from m2la import Cache, UserError
 
 # ------------------------------------------------------------------------------ the live context, C_i (Eq. 5)
@@ -560,30 +562,57 @@ def read_subtitles(video):
 
 # --------------------------------------------------------------------------------- memory: where scenes begin
 SCENE_FPS = 4.0                              # a cut is found to a quarter of a second
-SCENE_CHUNK = 30.0                           # seconds decoded at a time: the pixels of 120 frames at most
 CUT = 0.03                                   # of the pixels' range: grain and drifting light stay below it
 
 
-def signature(frame):
-    """frame (H,W,3) uint8 → (192,): 64 quantiles of each colour's values, 0-1. Two frames differ by the area
+def few_pixels(frame, reformatter):
+    """A decoded frame → (h,w,3) uint8, every so many rows and columns of `upright`: about 64 × 64 pixels are
+    enough for 64 quantiles."""
+    rows = max(1, frame.height // 64)
+    columns = max(1, frame.width // 64)
+    even = frame.height % 2 == 0 and frame.width % 2 == 0
+    if frame.format.name != "yuv420p" or frame.rotation or not even:
+        pixels = upright(frame, reformatter)
+        return pixels[::max(1, pixels.shape[0] // 64), ::max(1, pixels.shape[1] // 64)]
+
+    # Here four pixels share a colour. Converted is a small frame in which each wanted pixel is one of four: the
+    # same values to the bit, in a quarter of the time.
+    y, u, v = (np.frombuffer(plane, np.uint8).reshape(plane.height, -1) for plane in frame.planes)
+    y = y[:, :frame.width][::rows, ::columns]                               # (h,w)
+    h, w = y.shape
+    row = np.arange(h) * rows // 2
+    column = np.arange(w) * columns // 2
+    small = av.VideoFrame(2 * w, 2 * h, "yuv420p")
+    small.colorspace = frame.colorspace
+    small.color_range = frame.color_range
+    for plane, values, step in zip(small.planes, (y, u[row][:, column], v[row][:, column]), (2, 1, 1)):
+        np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[::step, :step * w:step] = values
+    return reformatter.reformat(small, format="rgb24").to_ndarray()[::2, ::2]
+
+
+def signature(pixels):
+    """pixels (h,w,3) uint8 → (192,): 64 quantiles of each colour's values, 0-1. Two frames differ by the area
     between their cumulative histograms: by their colours, whatever moves."""
-    rows = max(1, frame.shape[0] // 64)      # about 64 × 64 pixels are enough for 64 quantiles
-    columns = max(1, frame.shape[1] // 64)
-    pixels = np.sort(frame[::rows, ::columns].reshape(-1, 3), 0)    # (pixels,3)
-    quantiles = (np.linspace(0, 1, 64) * (len(pixels) - 1)).astype(int)
-    return pixels[quantiles].reshape(-1) / 255
+    colours = np.ascontiguousarray(pixels.reshape(-1, 3).T)                 # (3,h·w)
+    colours = np.sort(colours, 1, kind="stable")                            # of bytes: a radix sort
+    quantiles = (np.linspace(0, 1, 64) * (colours.shape[1] - 1)).astype(int)
+    return colours[:, quantiles].T.reshape(-1) / 255
 
 
 def scene_starts(signatures, window, threshold=CUT):
     """Numbers of the frames that begin a scene. signatures (F,S). Compared are the medians of `window` frames
     before and after: a cut and a fade peak, a flash shorter than half the window does not."""
     F = len(signatures)
+    # The median of the `window` frames from each one on.                                           (F,S)
+    medians = [np.median(signatures[t:t + window], 0) for t in range(F)]
     # How much the picture changes at each frame.                                                   (F,)
     change = np.zeros(F)
     for t in range(1, F):
-        before = np.median(signatures[max(0, t - window):t], 0)     # (S,)
-        after = np.median(signatures[t:t + window], 0)              # (S,)
-        change[t] = np.abs(before - after).mean()
+        if t < window:
+            before = np.median(signatures[:t], 0)                           # (S,)
+        else:
+            before = medians[t - window]
+        change[t] = np.abs(before - medians[t]).mean()
     # A cut makes a flat peak as wide as the window: inside it, the sharpest step between neighbours.  (F,)
     sharp = np.abs(np.diff(signatures, axis=0, prepend=signatures[:1])).mean(1)
     # High: above the threshold, and twice what is usual in this video (a camera that never rests).    (F,)
@@ -598,19 +627,22 @@ def scene_starts(signatures, window, threshold=CUT):
     return starts
 
 
-def find_scenes(path, start, end, deadline=math.inf, fps=SCENE_FPS, chunk=SCENE_CHUNK):
+def find_scenes(path, start, end, deadline=math.inf, fps=SCENE_FPS):
     """[(start, end)] of the scenes in a window, up to the deadline: keeps signatures, no frames."""
     signatures = []
-    read = start                             # seconds up to which it has looked
-    while read < end:
-        until = min(read + chunk, end)
-        for frame in read_video(path, read, until, fps).frames:
-            signatures.append(signature(frame))
-        read = until
+    reformatter = VideoReformatter()
+    last = None                              # a frame may be on the screen at several of the times
+    frames = watch(path, start, end, fps, deadline=math.inf)
+    for shown in tqdm(frames, "scenes", math.ceil((end - start) * fps), leave=False, disable=None):
+        if shown is not last:
+            drawn = signature(few_pixels(shown.frame, reformatter))
+        last = shown
+        signatures.append(drawn)
         if time.monotonic() >= deadline:
             break
+    seen = min(end, start + len(signatures) / fps)
     cuts = [start + frame / fps for frame in scene_starts(np.array(signatures), round(fps))]
-    return list(pairwise([start, *cuts, read]))
+    return list(pairwise([start, *cuts, seen]))
 
 
 # ---------------------------------------------------------------------------------------------------- wording

@@ -821,7 +821,7 @@ def test_segmentation_finds_cuts_and_a_fade_but_not_a_flash(tmp_path):
     frames += [sand] * 40
     frames[84] = np.array([255.0, 255, 255])                             # a flash of one frame
     write_clip(tmp_path / "fade.mp4", frames)
-    scenes = mcr_agent.find_scenes(tmp_path / "fade.mp4", 0.0, 27.0, chunk=5.0)
+    scenes = mcr_agent.find_scenes(tmp_path / "fade.mp4", 0.0, 27.0)
     assert len(scenes) == 3 and scenes[0] == (0.0, 6.5) and 14.5 <= scenes[1][1] <= 16.5 and scenes[2][1] == 27.0
 
 
