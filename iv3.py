@@ -698,9 +698,7 @@ def decode_sparsely(opened, wanted, anew):
                 progressive = not frame.interlaced_frame
                 yield now, frame
                 # The frames before this one were on the screen at all earlier times.
-                upcoming = int(np.searchsorted(wanted + TICK, now))
-                if upcoming == len(wanted):
-                    return
+                upcoming = min(int(np.searchsorted(wanted + TICK, now)), len(wanted) - 1)
                 if group.until <= wanted[upcoming]:
                     break
         anew = group.until <= wanted[upcoming]
