@@ -659,21 +659,13 @@ def unseen(group, wanted, opened):
     return {ticks for ticks, latest in zip(pts, sent_before) if ticks < latest} - seen
 
 
-def decode_group(group, context, anew, skip):
-    """Yield the frames that come out of the decoder while the packets of a group go in, but for those with a
-    pts in `skip`. `anew`: the packets before these have been left out."""
-    key = group.packets[0]
-    if anew:
-        context.flush_buffers()
+def decode_group(group, context, skip):
+    """Yield the frames that come out of the decoder while the packets of a group go in. Those with a pts in
+    `skip` it may leave out."""
     for packet in group.packets:
         # The decoder leaves out such a frame, unless others refer to it.
         context.skip_frame = "NONREF" if packet.pts in skip else "DEFAULT"
-        for frame in packet.decode():
-            if anew and frame.pts < key.pts:
-                continue                                 # an open group: this one refers to the group before
-            need(not anew or (frame.key_frame and frame.pts == key.pts), "no picture at a key frame", MediaError)
-            anew = False
-            yield frame
+        yield from packet.decode()
 
 
 def decode_sparsely(opened, wanted, anew):
@@ -683,25 +675,38 @@ def decode_sparsely(opened, wanted, anew):
     context = opened.stream.codec_context
     upcoming = 0                                         # the first wanted time whose frame may still come
     latest = -math.inf                                   # when the frame before was shown
+    key = None                                           # pts of the key frame that has to come out first
     progressive = False
     for group in packet_groups(opened):
         if anew and not group.packets[0].is_keyframe:
             continue
+        if group.until <= wanted[upcoming]:
+            anew = True
+            continue
+        if anew:
+            context.flush_buffers()
+            key = group.packets[0].pts
+            anew = False
         skip = ()
         if context.name == "h264" and progressive:       # of fields, two packets may be one frame
             skip = unseen(group, wanted, opened)
-        if group.until > wanted[upcoming]:
-            for frame in decode_group(group, context, anew, skip):
-                now = opened.seconds(frame.pts)
-                need(now > latest and not frame.is_corrupt, "damaged, or not in order", MediaError)
-                latest = now
-                progressive = not frame.interlaced_frame
-                yield now, frame
-                # The frames before this one were on the screen at all earlier times.
-                upcoming = min(int(np.searchsorted(wanted + TICK, now)), len(wanted) - 1)
-                if group.until <= wanted[upcoming]:
-                    break
-        anew = group.until <= wanted[upcoming]
+        for frame in decode_group(group, context, skip):
+            if key is not None:
+                if frame.pts < key:
+                    continue                             # an open group: this one refers to the group before
+                need(frame.pts == key and frame.key_frame, "no picture at a key frame", MediaError)
+                key = None
+            now = opened.seconds(frame.pts)
+            need(now > latest and not frame.is_corrupt, "damaged, or not in order", MediaError)
+            latest = now
+            progressive = not frame.interlaced_frame
+            yield now, frame
+            # The frames before this one were on the screen at all earlier times.
+            upcoming = min(int(np.searchsorted(wanted + TICK, now)), len(wanted) - 1)
+            if group.until <= wanted[upcoming]:
+                anew = True
+                break
+    need(key is None, "no picture at a key frame", MediaError)
 
 
 def decode_frames(path, start, wanted=None):
@@ -716,6 +721,8 @@ def decode_frames(path, start, wanted=None):
             # Threads cost more to start than they save on small pictures.
             large = stream.width * stream.height > 256 * 256
             stream.thread_type = "AUTO" if large else "NONE"
+            # A program stream (.mpg) has no time for most frames: they are counted from its beginning.
+            seek = seek and opened.container.format.name != "mpeg"
             if seek:
                 ticks = int((start + opened.origin) / stream.time_base)
                 opened.container.seek(ticks, stream=stream, backward=True)

@@ -825,6 +825,28 @@ def test_segmentation_finds_cuts_and_a_fade_but_not_a_flash(tmp_path):
     assert len(scenes) == 3 and scenes[0] == (0.0, 6.5) and 14.5 <= scenes[1][1] <= 16.5 and scenes[2][1] == 27.0
 
 
+@pytest.mark.parametrize("size, fmt", [((64, 64), "yuv420p"), ((270, 480), "yuv420p"), ((65, 67), "yuv420p"),
+                                       ((130, 200), "yuv444p"), ((200, 318), "yuv420p")])
+def test_signatures_read_the_pixels_of_the_whole_picture(size, fmt):
+    """What `few_pixels` converts is, to the bit, every so many rows and columns of the frame as it is shown."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for colours, width in ((2, 0), (1, 1), (5, 2)):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=fmt)
+        frame.colorspace, frame.color_range = colours, width
+        whole = iv3.upright(frame, iv3.VideoReformatter())
+        few = mcr_agent.few_pixels(frame, iv3.VideoReformatter())
+        assert np.array_equal(few, whole[::max(1, size[0] // 64), ::max(1, size[1] // 64)])
+        ordered = np.sort(few.reshape(-1, 3), 0)
+        places = (np.linspace(0, 1, 64) * (len(ordered) - 1)).astype(int)
+        assert np.array_equal(mcr_agent.signature(few), ordered[places].reshape(-1) / 255)
+
+
+def test_segmentation_stops_at_its_deadline(tmp_path):
+    write_clip(tmp_path / "c.mp4", [COLOURS["red"]] * 40)
+    scenes = mcr_agent.find_scenes(tmp_path / "c.mp4", 1.0, 9.0, deadline=0.0)
+    assert scenes == [(1.0, 1.25)]
+
+
 def test_segmentation_on_noisy_footage(tmp_path):
     """Grain, a camera that pans over a textured scene, and light that drifts are no cuts; a cut and a fade are."""
     rng = np.random.default_rng(0)

@@ -11,6 +11,8 @@ import ablation
 import bench_conversion
 import bench_decode
 import bench_live_cache
+import bench_video
+import numpy as np
 import pytest
 import report
 import torch
@@ -493,3 +495,18 @@ def test_a_mistake_is_one_line_and_exit_2(module, arguments, word, tmp_path, mon
         command(monkeypatch, module, *arguments.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and word in error
+
+
+def test_bench_video_reads_films_of_its_own(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "v.json"
+    arguments = "--minutes 0.05 --height 64 --small-minutes 0.05 --scene-minutes 0.02 --repeats 1 --readers ours"
+    command(monkeypatch, bench_video, *arguments.split(), "--folder", tmp_path, "--json", file)
+    result = json.loads(file.read_text())
+    assert len(result["rows"]) == 11 and "first look at 0.05 min" in capsys.readouterr().out
+    for row in result["rows"]:
+        assert row["ours_cpu"] >= 0 and row["ours_wall"] > 0 and row["ours_mb"] >= 0
+    assert iv3.probe(tmp_path / "64p-0.05min.mp4") == pytest.approx(3)
+    bench_video.repeat_part(tmp_path / "64p-3s.mp4", tmp_path / "long.mp4", 3)
+    assert iv3.read_video(tmp_path / "long.mp4", fps=10).times.tolist() == pytest.approx(np.arange(90) / 10)
+    with pytest.raises(UserError, match="--readers"):
+        command(monkeypatch, bench_video, "--readers", "ours,eyes")

@@ -33,11 +33,12 @@ def random_model(cfg, tokenizer, seed=0):
     return model.eval()
 
 
-def write_video(path, frames, fps=4, times=None, **options):
-    """frames: arrays (H,W,3) or grey levels of 32×32 frames; times: presentation times of a variable rate."""
+def write_video(path, frames, fps=4, times=None, codec="libx264", more=(), **options):
+    """frames: arrays (H,W,3) or grey levels of 32×32 frames; times: presentation times of a variable rate; `more`:
+    options of the codec, `options`: of the container."""
     frames = [np.full((32, 32, 3), f, np.uint8) if np.isscalar(f) else f for f in frames]
     with av.open(str(path), "w", options=options) as out:
-        stream = out.add_stream("libx264", rate=fps, options={"crf": "8", "g": "8"})
+        stream = out.add_stream(codec, rate=fps, options=dict(more) or {"crf": "8", "g": "8"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         if times is not None:
@@ -263,6 +264,106 @@ def test_frames_know_how_long_they_are_shown(tmp_path):
     assert [s.since for s in shown] == pytest.approx([0, 0.1, 0.5])
     assert [s.until for s in shown] == pytest.approx([0.1, 0.5, float("inf")])
     assert [round(s.frame.to_ndarray(format="gray").mean() / 50) for s in shown] == [0, 1, 2]
+
+
+B_FRAMES = {"g": "12", "bf": "4", "b-pyramid": "normal"}
+OPEN = {**B_FRAMES, "x264-params": "open-gop=1"}               # groups whose first frames need the group before
+ODD = {
+    "closed.mp4": dict(more=B_FRAMES), "open.mp4": dict(more=OPEN), "open.ts": dict(more=OPEN),
+    "index.mkv": dict(more=B_FRAMES), "no_times.avi": dict(codec="mpeg4", more={"g": "12"}),
+    "uneven.mkv": dict(more=B_FRAMES, times=np.cumsum([0.02, 0.04, 0.3, 0.1] * 18)),
+    "one_group.mp4": dict(more={"g": "999"}), "all_keys.mp4": dict(more={"g": "1"}),
+    "refresh.mp4": dict(more={"g": "12", "x264-params": "intra-refresh=1"}),
+    "fields.ts": dict(more={**B_FRAMES, "x264-params": "tff=1"}),
+    "mpeg2.mpg": dict(codec="mpeg2video", fps=25, more={"g": "12", "bf": "2"}),
+    "mpeg4.mkv": dict(codec="mpeg4", more={"g": "12", "bf": "2"}),
+    "hevc.mp4": dict(codec="libx265", more={"x265-params": "keyint=12:open-gop=1:log-level=none"}),
+    "hidden.webm": dict(codec="libvpx-vp9", more={"g": "12", "lag-in-frames": "8", "cpu-used": "8"})}
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory):
+    """Files in which the frame on the screen is not easily found without decoding everything."""
+    folder = tmp_path_factory.mktemp("odd")
+    for name, how in ODD.items():
+        how = {"fps": 12, **how}
+        write_video(folder / name, noise(6 * how["fps"], 64, 64), **how)
+    data = (folder / "index.mkv").read_bytes()
+    (folder / "no_index.mkv").write_bytes(data[:data.rindex(b"\x1c\x53\xbb\x6b")])
+    data = bytearray((folder / "open.ts").read_bytes())
+    data[len(data) // 2:len(data) // 2 + 40] = bytes(40)
+    (folder / "damaged.ts").write_bytes(data)
+    return folder
+
+
+LOOKS = [dict(), dict(fps=12), dict(fps=0.7), dict(max_frames=3), dict(max_frames=4, pairs=True),
+         dict(start=2.05, fps=5), dict(start=3, end=3.4, fps=24), dict(start=1.9, max_frames=4, pairs=True),
+         dict(start=4.4, end=5, max_frames=1)]
+
+
+def whole_read(path, look):
+    """read_video's frames and times as they were defined: decode all, and see what is on the screen at each time."""
+    start, end = look.get("start", 0.0), min(look.get("end", 1e9), iv3.probe(path))
+    wanted = iv3.sample_times(start, end, look.get("fps", 2.0), look.get("max_frames"), look.get("pairs", False))
+    with av.open(str(path)) as file:
+        decoded = [(frame.time - file.start_time / av.time_base, frame) for frame in file.decode(video=0)]
+    frames, times = [], []
+    for t in wanted:
+        until = [now for now, _ in decoded[1:]] + [float("inf")]
+        k = next(k for k, following in enumerate(until) if t + iv3.TICK < following)
+        times.append(decoded[k][0])
+        frames.append(iv3.upright(decoded[k][1], iv3.VideoReformatter()))
+    return np.stack(frames), times
+
+
+@pytest.mark.parametrize("name", [*ODD, "no_index.mkv", "damaged.ts"])
+def test_sparse_reads_equal_decoding_everything(name, odd_folder):
+    path = odd_folder / name
+    for look in LOOKS:
+        frames, times = whole_read(path, look)
+        video = read_video(path, **look)
+        assert video.times.tolist() == times and np.array_equal(video.frames, frames), look
+
+
+def test_what_nobody_looks_at_is_not_decoded(odd_folder, monkeypatch):
+    """Six groups of twelve frames or more: those are decoded that are looked at, and without their idle B-frames."""
+    decoded = []
+    real = iv3.decode_frames
+
+    def spy(*arguments):
+        for now, frame in real(*arguments):
+            decoded.append(now)
+            yield now, frame
+    monkeypatch.setattr(iv3, "decode_frames", spy)
+    for name, look, most in (("mpeg4.mkv", dict(end=0.4, max_frames=1), 2), ("mpeg4.mkv", dict(max_frames=2), 20),
+                             ("one_group.mp4", dict(max_frames=2), 72), ("closed.mp4", dict(fps=1), 45)):
+        read_video(odd_folder / name, **look)
+        assert 0 < len(decoded) <= most, (name, look, len(decoded))
+        decoded.clear()
+
+
+def test_a_file_that_cannot_be_read_sparsely_is_decoded(odd_folder, tmp_path, monkeypatch):
+    """An intra refresh has key frames without a picture of their own; a file with lying times has a wrong order."""
+    asked = []
+    real = iv3.decode_frames
+
+    def spy(path, start, wanted=None):
+        asked.append(wanted is not None)
+        return real(path, start, wanted)
+    monkeypatch.setattr(iv3, "decode_frames", spy)
+    read_video(odd_folder / "refresh.mp4", fps=0.3)
+    assert asked == [True, False]
+    read_video(odd_folder / "closed.mp4", fps=0.3)
+    assert asked == [True, False, True]
+
+
+def test_long_groups_are_not_held_in_memory(odd_folder, monkeypatch):
+    path = odd_folder / "one_group.mp4"
+    whole = read_video(path, max_frames=2)
+    monkeypatch.setattr(iv3, "MOST_HELD", 7)
+    with iv3.open_media(path) as opened:
+        assert max(len(group.packets) for group in iv3.packet_groups(opened)) <= 8
+    assert np.array_equal(read_video(path, max_frames=2).frames, whole.frames)
 
 
 def test_one_frame_video(tmp_path, tokenizer):
