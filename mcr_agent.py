@@ -632,6 +632,7 @@ def find_scenes(path, start, end, deadline=math.inf, fps=SCENE_FPS):
     signatures = []
     reformatter = VideoReformatter()
     last = None                              # a frame may be on the screen at several of the times
+    seen = end                               # seconds up to which it has looked
     frames = watch(path, start, end, fps, deadline=math.inf)
     for shown in tqdm(frames, "scenes", math.ceil((end - start) * fps), leave=False, disable=None):
         if shown is not last:
@@ -639,8 +640,8 @@ def find_scenes(path, start, end, deadline=math.inf, fps=SCENE_FPS):
         last = shown
         signatures.append(drawn)
         if time.monotonic() >= deadline:
+            seen = min(end, start + len(signatures) / fps)
             break
-    seen = min(end, start + len(signatures) / fps)
     cuts = [start + frame / fps for frame in scene_starts(np.array(signatures), round(fps))]
     return list(pairwise([start, *cuts, seen]))
 
