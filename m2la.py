@@ -657,27 +657,29 @@ def _attend_torch(q, rows, limits, rank, scale):
     """`latent_attend` in plain PyTorch. All rows of a sequence are one set: J = 1."""
     T, H = q.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    n = max(1, int(limits.max()))                                                # no query sees more rows
-    q = q.to(dtype) * scale
-    rows = rows[:, :n].to(dtype)
-
-    # s = scale * q·row, -inf behind a query's limit. (B,T,H,n)
-    s = torch.bmm(q.flatten(1, 2), rows.mT).unflatten(1, (T, H))
-    if int(limits.min()) < n:
-        unseen = torch.arange(n, device=q.device) >= limits[:, :, None]          # (B,T,n)
-        s.masked_fill_(unseen[:, :, None], float("-inf"))
-
-    # p = exp(s - top), in the memory of s. Where nothing is seen, top is finite and all p are 0.
     lowest = torch.finfo(dtype).min
-    top = s.detach().amax(-1, keepdim=True).clamp_min(lowest)                    # (B,T,H,1)
-    p = s.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)                                              # (B,T,H,1)
+    fewest, most = (int(limit) for limit in limits.aminmax())
+    rows = rows[:, :max(1, most)].to(dtype)                                      # no query sees more
+    q = q.flatten(1, 2).to(dtype) * scale                                        # (B,M,W)
 
-    # out = Σ p value / Σ p,  lse = log Σ exp(s)
-    out = torch.bmm(p.flatten(1, 2), rows[..., :rank]).unflatten(1, (T, H))      # (B,T,H,R)
-    out = out / total.clamp_min(torch.finfo(dtype).tiny)
-    lse = top + total.log()
-    return out[..., None, :], lse
+    # s = scale * q·row. With the rows first, few queries' products read them from memory in one stream.
+    s = torch.bmm(rows, q.mT).mT.contiguous()                                    # (B,M,n)
+    unseen = None
+    if fewest < rows.shape[1]:
+        # Behind a query's limit.
+        unseen = torch.arange(rows.shape[1], device=q.device) >= limits[:, :, None]      # (B,T,n)
+        unseen = unseen.repeat_interleave(H, 1)                                  # (B,M,n)
+        s.masked_fill_(unseen, lowest)
+
+    # p = softmax of s = exp(s - lse), so that lse = max s - log max p.
+    p = s.softmax(-1)
+    lse = s.amax(-1) - p.amax(-1).log()                                          # (B,M)
+    if unseen is not None:
+        p = p.masked_fill(unseen, 0)                                             # there may be nothing that is seen
+
+    # out = Σ p value
+    out = torch.bmm(p, rows[..., :rank])                                         # (B,M,R)
+    return out.view(-1, T, H, 1, rank), lse.view(-1, T, H, 1)
 
 
 # The kernel's work on one sequence. A program takes BLOCK_M of the M = T*H query rows and one split of the
@@ -850,6 +852,22 @@ def latent_attend(q, rows, limits, rank, scale, backend=None):
         return run(q.to(rows.dtype), rows, limits, rank, scale)
 
 
+def weighted(shares, outs):
+    """Σ over sets of share * out: shares (…,J), outs (…,J,R) -> (…,R)."""
+    if outs.is_cuda:
+        return (shares[..., None, :] @ outs).squeeze(-2)                         # J are the many splits of a kernel
+    return (shares[..., None] * outs).sum(-2)
+
+
+def by_kv_head(x, weight):
+    """x (B,T,H,E) of each query head, times the weight (G,E,F) of its KV head -> (B,T,H,F)."""
+    B, T, H, E = x.shape
+    G = len(weight)
+    x = x.reshape(B * T, G, -1, E).transpose(0, 1).reshape(G, -1, E)             # (G,B*T*H/G,E)
+    x = torch.bmm(x, weight).view(G, B * T, H // G, -1)
+    return x.transpose(0, 1).reshape(B, T, H, -1)
+
+
 # ---------------------------------------------------------------------------------------------- M²LA
 
 class Latents(NamedTuple):
@@ -966,9 +984,8 @@ class M2LA(Attention):
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
         And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
+        q = q_nope.transpose(1, 2)                                               # (B,T,H,Dh)
         q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
-        q = q_nope.unflatten(2, (self.kv_heads, -1))                             # (B,T,G,H/G,Dh)
 
         attended = []
         for segment, (weight, bias) in enumerate(self.decoders()):
@@ -981,8 +998,7 @@ class M2LA(Attention):
             bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)       # (G,1,Dh) each
 
             # Uᵀ q_nope beside q_rope meets [c | k_rope].
-            q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)   # (B,T,H,R)
-            q_row = torch.cat([q_latent, q_rope], -1)                            # (B,T,H,W)
+            q_row = torch.cat([by_kv_head(q, up_k), q_rope], -1)                 # (B,T,H,W)
             outs = []
             lses = []
             if own:
@@ -1001,7 +1017,7 @@ class M2LA(Attention):
             lse = torch.cat(lses, 3)                                             # (B,T,H,J)
 
             # scale * q_nope·b is in all scores of the segment.
-            bias_score = (q * bias_k).sum(-1).flatten(2)                         # (B,T,H)
+            bias_score = (q.unflatten(2, (self.kv_heads, -1)) * bias_k).sum(-1).flatten(2)   # (B,T,H)
             lse = lse + self.scale * bias_score[..., None]
             attended.append(Attended(out, lse, up_v, bias_v))
 
@@ -1011,13 +1027,12 @@ class M2LA(Attention):
 
         # v = Σ over segments of U' (Σ shares c) + (Σ shares) b'
         values = 0
-        by_head = q.shape[:4]                                                    # B,T,G,H/G
         for share, part in zip(shares, attended):
-            latent = share[..., None, :] @ part.out                              # (B,T,H,1,R)
-            latent = latent.to(q.dtype).view(*by_head, -1)                       # (B,T,G,H/G,R)
-            share = share.sum(-1).to(q.dtype).view(*by_head, 1)                  # (B,T,G,H/G,1)
-            values = values + torch.einsum("btgir,gdr->btgid", latent, part.up_v) + share * part.bias_v
-        return values.flatten(2)
+            latent = weighted(share, part.out).to(q.dtype)                       # (B,T,H,R)
+            share = share.sum(-1, keepdim=True).to(q.dtype)                      # (B,T,H,1)
+            bias = (share.unflatten(2, (self.kv_heads, -1)) * part.bias_v).flatten(2)
+            values = values + by_kv_head(latent, part.up_v.mT).flatten(2) + bias
+        return values
 
     def fold(self):
         """This layer in the form of the released one (§3.2): `Released.of`."""
