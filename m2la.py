@@ -39,6 +39,7 @@ Differs from the paper, or decides what it leaves open:
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -422,6 +423,16 @@ class Held:
         return Share(out, lse)
 
 
+class RowSet(NamedTuple):
+    """Rows of one segment that new tokens see, in the cache itself or in one that it branched from."""
+    rows: torch.Tensor                   # (B',N,width)
+    limits: torch.Tensor                 # (B',T') how many of them a token sees, …
+    high: int                            # … none more than so many,
+    all_seen: bool                       # … or all of them so many
+    gather: Callable                     # (B,T,…) by new token -> (B',T',…) by sequence of rows and token
+    spread: Callable                     # the reverse
+
+
 class Cache:
     """Preallocated rows for all layers, in segments; the tokens of a segment are appended in order.
 
@@ -560,6 +571,21 @@ class Cache:
         """The rows that may be in use: for each segment (B,N,width)."""
         return [rows[:, :n] for rows, n in zip(self.rows[layer], self.high)]
 
+    def sets(self, layer, segment):
+        """The sets of a segment's rows that few new tokens see: the cache's own, and those it branched from."""
+        found = []
+        if self.high[segment]:
+            all_seen = self.limits.shape[2] == 1 and self.low[segment] == self.high[segment]
+            found.append(RowSet(self.rows[layer][segment], self.limits[segment], self.high[segment], all_seen,
+                                self.pad, self.unpad))
+        for held in self.earlier:
+            if held.high[segment]:
+                limits = held.counts[segment][:, None].expand(-1, held.most)
+                shape = self.shape if self.tokens is None else (1, len(self.tokens))
+                found.append(RowSet(held.cache.rows[layer][segment], limits, held.high[segment], held.seen is None,
+                                    held.gather, lambda x, held=held: held.spread(x, shape)))
+        return found
+
     def visible(self):
         """Mask (B,1,T,N) of the new tokens over the segments' rows side by side; None: they see all."""
         if self.limits.shape[2] == 1 and self.low == self.high:
@@ -653,33 +679,53 @@ class LatentCache(Cache):
 # When few tokens are new, their queries meet the cached rows themselves (`M2LA.attend_absorbed` says how): W
 # columns are the key of all heads, and the first R of them are also the value. The reference comes first.
 
-def _attend_torch(q, rows, limits, rank, scale):
-    """`latent_attend` in plain PyTorch. All rows of a sequence are one set: J = 1."""
-    T, H = q.shape[1:3]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lowest = torch.finfo(dtype).min
-    fewest, most = (int(limit) for limit in limits.aminmax())
-    rows = rows[:, :max(1, most)].to(dtype)                                      # no query sees more
-    q = q.flatten(1, 2).to(dtype) * scale                                        # (B,M,W)
+class Absorbed(NamedTuple):
+    """The new tokens' queries as they meet cached rows of one modality."""
+    q: torch.Tensor                      # (B,T,H,W)
+    bias: torch.Tensor                   # (B,T,H) added to all scores of the modality, before they are scaled
+    rank: int                            # the first so many columns of a row are its value
+    sets: list                           # of RowSet, disjoint
 
-    # s = scale * q·row. With the rows first, few queries' products read them from memory in one stream.
-    s = torch.bmm(rows, q.mT).mT.contiguous()                                    # (B,M,n)
-    unseen = None
-    if fewest < rows.shape[1]:
-        # Behind a query's limit.
-        unseen = torch.arange(rows.shape[1], device=q.device) >= limits[:, :, None]      # (B,T,n)
-        unseen = unseen.repeat_interleave(H, 1)                                  # (B,M,n)
-        s.masked_fill_(unseen, lowest)
 
-    # p = softmax of s = exp(s - lse), so that lse = max s - log max p.
-    p = s.softmax(-1)
-    lse = s.amax(-1) - p.amax(-1).log()                                          # (B,M)
-    if unseen is not None:
-        p = p.masked_fill(unseen, 0)                                             # there may be nothing that is seen
+def _attend_torch(parts, scale):
+    """`latent_attend` in plain PyTorch: one softmax over the scores of all sets."""
+    H = parts[0].q.shape[2]
+    scores = []
+    for part in parts:
+        for found in part.sets:
+            s = latent_scores(found.gather(part.q), found.gather(part.bias), found, scale)
+            scores.append(found.spread(s))                                       # (B,T,H,n)
+    p = torch.cat(scores, -1).softmax(-1)
+    p = iter(p.split([s.shape[-1] for s in scores], -1))
 
-    # out = Σ p value
-    out = torch.bmm(p, rows[..., :rank])                                         # (B,M,R)
-    return out.view(-1, T, H, 1, rank), lse.view(-1, T, H, 1)
+    attended = []
+    for part in parts:
+        latent = 0
+        share = 0
+        for found in part.sets:
+            own = next(p)
+            rows = found.rows[:, :found.high, :part.rank].to(own.dtype)
+            out = torch.bmm(found.gather(own).flatten(1, 2), rows)               # (B',T'*H,R)
+            latent = latent + found.spread(out.unflatten(1, (-1, H)))
+            share = share + own.sum(-1)
+        attended.append((latent, share))
+    return attended
+
+
+def latent_scores(q, bias, found, scale):
+    """scale * (q·row + bias) of q (B',T',H,W), bias (B',T',H) and a RowSet -> (B',T',H,n), in fp32 or fp64."""
+    dtype = torch.promote_types(found.rows.dtype, torch.float32)
+    rows = found.rows[:, :found.high].to(dtype)                                  # no query sees more
+    q = q.flatten(1, 2).to(dtype)                                                # (B',M,W)
+    bias = bias.flatten(1)[:, None].to(dtype)                                    # (B',1,M)
+    # With the rows first, the product with few queries reads them from memory in one stream.
+    s = torch.baddbmm(bias, rows, q.mT, beta=scale, alpha=scale)                 # (B',n,M)
+    s = s.mT.unflatten(1, (found.limits.shape[1], -1))
+    if not found.all_seen:
+        unseen = torch.arange(found.high, device=q.device) >= found.limits[:, :, None]   # (B',T',n)
+        # Not -inf: padding may see nothing at all.
+        s.masked_fill_(unseen[:, :, None], torch.finfo(dtype).min)
+    return s
 
 
 # The kernel's work on one sequence. A program takes BLOCK_M of the M = T*H query rows and one split of the
@@ -837,26 +883,38 @@ def _attend_triton(q, rows, limits, rank, scale, splits=None):
     return out.view(B, T, H, splits, rank), lse.view(B, T, H, splits)
 
 
-def latent_attend(q, rows, limits, rank, scale, backend=None):
-    """Attention over latent rows (§3.2): over J disjoint sets of them, for `merge_shares` to put together.
+def _attend_by_kernel(parts, scale):
+    """`latent_attend` by the kernel: each set on its own, then all are merged."""
+    outs = []
+    lses = []
+    for part in parts:
+        part_outs = []
+        part_lses = []
+        for found in part.sets:
+            q = found.gather(part.q).to(found.rows.dtype)
+            out, lse = _attend_triton(q, found.rows, found.limits, part.rank, scale)
+            part_outs.append(found.spread(out))
+            part_lses.append(found.spread(lse))
+        outs.append(torch.cat(part_outs, 3))                                     # (B,T,H,J,R)
+        lses.append(torch.cat(part_lses, 3) + scale * part.bias[..., None])      # (B,T,H,J)
 
-    q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
-    columns of a row are its value. The kernel cuts the rows into J splits, the reference takes all as one
-    -> out (B,T,H,J,R), lse (B,T,H,J), the log-sum-exp of the set's scores. fp32, or fp64 of fp64.
+    shares = merge_shares(torch.cat(lses, -1))
+    shares = shares.split([lse.shape[-1] for lse in lses], -1)
+    return [((share[..., None, :] @ out).squeeze(-2), share.sum(-1)) for share, out in zip(shares, outs)]
+
+
+def latent_attend(parts, scale, backend=None):
+    """Attention over latent rows (§3.2): over all sets of all `parts`, a list of Absorbed, as one.
+
+    -> for each part what it has of the softmax: its Σ p value (B,T,H,R) and Σ p (B,T,H). fp32, or fp64 of fp64.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
+    q = parts[0].q
     if backend is None:
         backend = "triton" if q.is_cuda and triton is not None else "torch"
-    run = _attend_triton if backend == "triton" else _attend_torch
+    run = _attend_by_kernel if backend == "triton" else _attend_torch
     with torch.autocast(q.device.type, enabled=False):               # both choose the precision of their sums
-        return run(q.to(rows.dtype), rows, limits, rank, scale)
-
-
-def weighted(shares, outs):
-    """Σ over sets of share * out: shares (…,J), outs (…,J,R) -> (…,R)."""
-    if outs.is_cuda:
-        return (shares[..., None, :] @ outs).squeeze(-2)                         # J are the many splits of a kernel
-    return (shares[..., None] * outs).sum(-2)
+        return run(parts, scale)
 
 
 def by_kv_head(x, weight):
@@ -876,14 +934,6 @@ class Latents(NamedTuple):
     q_rope: torch.Tensor                 # (B,H,T,P) RoPE part of the queries
     latents: list                        # (B,T,R) for each modality, made of every token
     k_rope: torch.Tensor                 # (B,T,P) the RoPE key that all heads share
-
-
-class Attended(NamedTuple):
-    """Absorbed attention over one segment of the cache, before its values are decoded."""
-    out: torch.Tensor                    # (B,T,H,J,R) attended latents of each set of rows
-    lse: torch.Tensor                    # (B,T,H,J) log-sum-exp of their scores
-    up_v: torch.Tensor                   # (G,Dh,R) latent -> value of each KV head …
-    bias_v: torch.Tensor                 # … (G,1,Dh)
 
 
 class M2LA(Attention):
@@ -984,54 +1034,31 @@ class M2LA(Attention):
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
         And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q = q_nope.transpose(1, 2)                                               # (B,T,H,Dh)
+        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
         q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
+        by_head = q_nope.unflatten(2, (self.kv_heads, -1))                       # (B,T,G,H/G,Dh)
 
-        attended = []
+        parts = []
+        decoders = []
         for segment, (weight, bias) in enumerate(self.decoders()):
-            own = cache.high[segment] > 0
-            earlier = [held for held in cache.earlier if held.high[segment] > 0]
-            if not own and not earlier:
+            sets = cache.sets(layer, segment)
+            if not sets:
                 continue                                                         # no rows of this modality
             rank = self.ranks[segment]
             up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)      # (G,Dh,R) each
             bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)       # (G,1,Dh) each
-
             # Uᵀ q_nope beside q_rope meets [c | k_rope].
-            q_row = torch.cat([by_kv_head(q, up_k), q_rope], -1)                 # (B,T,H,W)
-            outs = []
-            lses = []
-            if own:
-                rows = cache.rows[layer][segment]
-                out, lse = latent_attend(cache.pad(q_row), rows, cache.limits[segment], rank, self.scale)
-                outs.append(cache.unpad(out))
-                lses.append(cache.unpad(lse))
-            for held in earlier:
-                rows = held.cache.rows[layer][segment]
-                queries = held.gather(q_row)                                     # (B',most,H,W)
-                limits = held.counts[segment][:, None].expand(queries.shape[:2])
-                out, lse = latent_attend(queries, rows, limits, rank, self.scale)
-                outs.append(held.spread(out, q_row.shape))
-                lses.append(held.spread(lse, q_row.shape))
-            out = torch.cat(outs, 3)                                             # (B,T,H,J,R)
-            lse = torch.cat(lses, 3)                                             # (B,T,H,J)
+            q_row = torch.cat([by_kv_head(q_nope, up_k), q_rope], -1)            # (B,T,H,W)
+            bias_score = (by_head * bias_k).sum(-1).flatten(2)                   # (B,T,H)
+            parts.append(Absorbed(q_row, bias_score, rank, sets))
+            decoders.append((up_v, bias_v))
 
-            # scale * q_nope·b is in all scores of the segment.
-            bias_score = (q.unflatten(2, (self.kv_heads, -1)) * bias_k).sum(-1).flatten(2)   # (B,T,H)
-            lse = lse + self.scale * bias_score[..., None]
-            attended.append(Attended(out, lse, up_v, bias_v))
-
-        # Softmax over all rows of both segments, by the shares of their sets. Split again: (B,T,H,J) each.
-        shares = merge_shares(torch.cat([part.lse for part in attended], -1))
-        shares = shares.split([part.lse.shape[-1] for part in attended], -1)
-
-        # v = Σ over segments of U' (Σ shares c) + (Σ shares) b'
+        # v = Σ over modalities of U' (Σ p c) + (Σ p) b'
         values = 0
-        for share, part in zip(shares, attended):
-            latent = weighted(share, part.out).to(q.dtype)                       # (B,T,H,R)
-            share = share.sum(-1, keepdim=True).to(q.dtype)                      # (B,T,H,1)
-            bias = (share.unflatten(2, (self.kv_heads, -1)) * part.bias_v).flatten(2)
-            values = values + by_kv_head(latent, part.up_v.mT).flatten(2) + bias
+        for (latent, share), (up_v, bias_v) in zip(latent_attend(parts, self.scale), decoders):
+            share = share.to(q_nope.dtype).unflatten(2, (self.kv_heads, -1))     # (B,T,G,H/G)
+            values = values + by_kv_head(latent.to(q_nope.dtype), up_v.mT).flatten(2)
+            values = values + (share[..., None] * bias_v).flatten(2)
         return values
 
     def fold(self):
