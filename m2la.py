@@ -41,6 +41,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -316,7 +317,7 @@ class GQA(Attention):
         k = rotate(k, cos, sin)
 
         if cache is not None:
-            cache.append(layer, [torch.cat([k, v], 2).flatten(2)])               # (B,T,2*G*Dh)
+            cache.append(layer, 0, torch.cat([k, v], 2).flatten(2))              # (B,T,2*G*Dh)
         q = q.transpose(1, 2)                                                    # (B,H,T,Dh)
         k = k.transpose(1, 2)                                                    # (B,G,T,Dh)
         v = v.transpose(1, 2)
@@ -494,6 +495,9 @@ class Cache:
         # Places: the row that a token is written to. In its own segment the last that it sees, elsewhere the
         # spare one; so too if a replayed CUDA graph runs past the capacity. (segments,B,T)
         self.places = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)
+        self.growing = range(segments)
+        if ask and segments > 1:
+            self.growing = own.flatten(1).any(1).nonzero().flatten().tolist()
         self.batch = torch.arange(len(vision), device=vision.device)[:, None].expand_as(vision)      # (B,T)
 
         # Tokens that are no padding, as numbers b*T + t, (N,); None: all, or nobody asks.
@@ -561,11 +565,11 @@ class Cache:
         padded.index_copy_(0, self.tokens, x)
         return padded.unflatten(0, self.shape).transpose(1, dim)
 
-    def append(self, layer, rows):
-        """Write the new tokens' rows: for each segment (B,T,width) or (1,N,width), of all tokens. `places` sorts
-        them."""
-        for held, places, new in zip(self.rows[layer], self.places, rows):
-            held[self.batch, places] = new.to(held.dtype)
+    def append(self, layer, segment, rows):
+        """Write the new tokens' rows for a segment, (B,T,width) or (1,N,width), of all tokens: `places` sorts them.
+        For those of `growing`; no token belongs to the others."""
+        held = self.rows[layer][segment]
+        held[self.batch, self.places[segment]] = rows.to(held.dtype)
 
     def view(self, layer):
         """The rows that may be in use: for each segment (B,N,width)."""
@@ -574,6 +578,7 @@ class Cache:
     def sets(self, layer, segment):
         """The sets of a segment's rows that few new tokens see: the cache's own, and those it branched from."""
         found = []
+        shape = self.shape if self.tokens is None else (1, len(self.tokens))
         if self.high[segment]:
             all_seen = self.limits.shape[2] == 1 and self.low[segment] == self.high[segment]
             found.append(RowSet(self.rows[layer][segment], self.limits[segment], self.high[segment], all_seen,
@@ -581,9 +586,8 @@ class Cache:
         for held in self.earlier:
             if held.high[segment]:
                 limits = held.counts[segment][:, None].expand(-1, held.most)
-                shape = self.shape if self.tokens is None else (1, len(self.tokens))
                 found.append(RowSet(held.cache.rows[layer][segment], limits, held.high[segment], held.seen is None,
-                                    held.gather, lambda x, held=held: held.spread(x, shape)))
+                                    held.gather, partial(held.spread, shape=shape)))
         return found
 
     def visible(self):
@@ -700,15 +704,15 @@ def _attend_torch(parts, scale):
 
     attended = []
     for part in parts:
-        latent = 0
-        share = 0
+        latents = []
+        shares = []
         for found in part.sets:
             own = next(p)
             rows = found.rows[:, :found.high, :part.rank].to(own.dtype)
             out = torch.bmm(found.gather(own).flatten(1, 2), rows)               # (B',T'*H,R)
-            latent = latent + found.spread(out.unflatten(1, (-1, H)))
-            share = share + own.sum(-1)
-        attended.append((latent, share))
+            latents.append(found.spread(out.view(*found.limits.shape, H, part.rank)))
+            shares.append(own.sum(-1))
+        attended.append((reduce(torch.add, latents), reduce(torch.add, shares)))
     return attended
 
 
@@ -716,11 +720,12 @@ def latent_scores(q, bias, found, scale):
     """scale * (q·row + bias) of q (B',T',H,W), bias (B',T',H) and a RowSet -> (B',T',H,n), in fp32 or fp64."""
     dtype = torch.promote_types(found.rows.dtype, torch.float32)
     rows = found.rows[:, :found.high].to(dtype)                                  # no query sees more
+    shape = q.shape[:3]
     q = q.flatten(1, 2).to(dtype)                                                # (B',M,W)
     bias = bias.flatten(1)[:, None].to(dtype)                                    # (B',1,M)
     # With the rows first, the product with few queries reads them from memory in one stream.
     s = torch.baddbmm(bias, rows, q.mT, beta=scale, alpha=scale)                 # (B',n,M)
-    s = s.mT.unflatten(1, (found.limits.shape[1], -1))
+    s = s.mT.view(*shape, found.high)
     if not found.all_seen:
         unseen = torch.arange(found.high, device=q.device) >= found.limits[:, :, None]   # (B',T',n)
         # Not -inf: padding may see nothing at all.
@@ -917,13 +922,18 @@ def latent_attend(parts, scale, backend=None):
         return run(parts, scale)
 
 
-def by_kv_head(x, weight):
-    """x (B,T,H,E) of each query head, times the weight (G,E,F) of its KV head -> (B,T,H,F)."""
+def to_heads(x, heads):
+    """x (B,T,H,E) -> (heads,B*T*H/heads,E): side by side, what belongs to each of so many (KV) heads."""
     B, T, H, E = x.shape
-    G = len(weight)
-    x = x.reshape(B * T, G, -1, E).transpose(0, 1).reshape(G, -1, E)             # (G,B*T*H/G,E)
-    x = torch.bmm(x, weight).view(G, B * T, H // G, -1)
-    return x.transpose(0, 1).reshape(B, T, H, -1)
+    x = x.reshape(B * T, heads, H // heads, E)
+    return x.transpose(0, 1).reshape(heads, B * T * H // heads, E)
+
+
+def from_heads(x, shape):
+    """The reverse: x (heads,B*T*H/heads,E) -> (B,T,H,E), shape (B,T,H)."""
+    B, T, H = shape
+    heads, _, E = x.shape
+    return x.reshape(heads, B * T, H // heads, E).transpose(0, 1).reshape(B, T, H, E)
 
 
 # ---------------------------------------------------------------------------------------------- M²LA
@@ -960,7 +970,8 @@ class M2LA(Attention):
     def maps(self, x):
         """x (B,T,D) -> Latents."""
         q, k, v = self.project(x)
-        q = torch.einsum("bthd,hde->bhte", q, self.query)                        # (B,H,T,Dh+P)
+        q_maps = torch.bmm(to_heads(q, self.heads), self.query)                  # (H,B*T,Dh+P)
+        q = from_heads(q_maps, q.shape[:3]).transpose(1, 2)                      # (B,H,T,Dh+P)
         q_nope, q_rope = q.split([self.head_dim, self.rope_width], -1)
         rows = self.encode(torch.cat([k, v], 2).flatten(2))                      # (B,T,R+R+P)
         *latents, k_rope = rows.split([*self.ranks, self.rope_width], -1)
@@ -981,7 +992,8 @@ class M2LA(Attention):
 
         if cache is not None:
             # A row for either segment; the cache keeps that of the token's modality.
-            cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
+            for segment in cache.growing:
+                cache.append(layer, segment, torch.cat([latents[segment], k_rope], -1))
             if cache.few and not cache.fresh:
                 return self.o_proj(self.attend_absorbed(q_nope, q_rope, cache, layer))
 
@@ -1034,9 +1046,9 @@ class M2LA(Attention):
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
         And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
+        q_nope = to_heads(q_nope.transpose(1, 2), self.kv_heads)                 # (G,B*T*H/G,Dh)
         q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
-        by_head = q_nope.unflatten(2, (self.kv_heads, -1))                       # (B,T,G,H/G,Dh)
+        shape = q_rope.shape[:3]
 
         parts = []
         decoders = []
@@ -1046,20 +1058,22 @@ class M2LA(Attention):
                 continue                                                         # no rows of this modality
             rank = self.ranks[segment]
             up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)      # (G,Dh,R) each
-            bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)       # (G,1,Dh) each
+            bias_k, bias_v = bias.view(2, self.kv_heads, self.head_dim, 1)       # (G,Dh,1) each
             # Uᵀ q_nope beside q_rope meets [c | k_rope].
-            q_row = torch.cat([by_kv_head(q_nope, up_k), q_rope], -1)            # (B,T,H,W)
-            bias_score = (by_head * bias_k).sum(-1).flatten(2)                   # (B,T,H)
+            q_latent = from_heads(torch.bmm(q_nope, up_k), shape)                # (B,T,H,R)
+            q_row = torch.cat([q_latent, q_rope], -1)                            # (B,T,H,W)
+            bias_score = from_heads(torch.bmm(q_nope, bias_k), shape)[..., 0]    # (B,T,H)
             parts.append(Absorbed(q_row, bias_score, rank, sets))
             decoders.append((up_v, bias_v))
 
         # v = Σ over modalities of U' (Σ p c) + (Σ p) b'
-        values = 0
+        values = []
         for (latent, share), (up_v, bias_v) in zip(latent_attend(parts, self.scale), decoders):
-            share = share.to(q_nope.dtype).unflatten(2, (self.kv_heads, -1))     # (B,T,G,H/G)
-            values = values + by_kv_head(latent.to(q_nope.dtype), up_v.mT).flatten(2)
-            values = values + (share[..., None] * bias_v).flatten(2)
-        return values
+            latent = to_heads(latent.to(up_v.dtype), self.kv_heads)              # (G,B*T*H/G,R)
+            share = to_heads(share[..., None].to(up_v.dtype), self.kv_heads)     # (G,B*T*H/G,1)
+            # The larger matrix first: with few columns beside it, it is read in one stream.
+            values.append(torch.baddbmm(bias_v * share.mT, up_v, latent.mT))     # (G,Dh,B*T*H/G)
+        return from_heads(reduce(torch.add, values).mT, shape).flatten(2)
 
     def fold(self):
         """This layer in the form of the released one (§3.2): `Released.of`."""
