@@ -41,7 +41,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -77,19 +77,22 @@ def need(holds, problem, error=UserError):
 
 # ---------------------------------------------------------------------------------------------- RoPE
 
-def mrope(positions, head_dim, theta, sections):
-    """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,L), fp32.
-    Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
-    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
-    l = torch.arange(head_dim // 2, device=positions.device)
-    frequency = theta ** (-2.0 * l.float() / head_dim)
-
-    # The axis that each frequency turns with, (L,): 0 is t, 1 is h, 2 is w.
+@cache
+def frequencies(head_dim, theta, sections, device):
+    """The L frequencies of RoPE, and the axis of positions that each turns with: 0 is t, 1 is h, 2 is w."""
+    l = torch.arange(head_dim // 2, device=device)
     axis = torch.zeros_like(l)
     for a in (1, 2):
         own = (l % 3 == a) & (l < 3 * sections[a])
         axis = axis.masked_fill(own, a)
+    return theta ** (-2.0 * l.float() / head_dim), axis
 
+
+def mrope(positions, head_dim, theta, sections):
+    """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,L), fp32.
+    Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
+    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
+    frequency, axis = frequencies(head_dim, theta, tuple(sections), positions.device)
     angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,L)
     return angle.cos(), angle.sin()
 
@@ -691,6 +694,12 @@ class Absorbed(NamedTuple):
     sets: list                           # of RowSet, disjoint
 
 
+class Attended(NamedTuple):
+    """What the modalities have of the softmax over all rows."""
+    latents: list                        # for each Σ p c, (B,T,H,R)
+    shares: torch.Tensor                 # for each Σ p, (B,T,H,modalities)
+
+
 def _attend_torch(parts, scale):
     """`latent_attend` in plain PyTorch: one softmax over the scores of all sets."""
     H = parts[0].q.shape[2]
@@ -702,18 +711,20 @@ def _attend_torch(parts, scale):
     p = torch.cat(scores, -1).softmax(-1)
     p = iter(p.split([s.shape[-1] for s in scores], -1))
 
-    attended = []
+    latents = []
+    shares = []
     for part in parts:
-        latents = []
-        shares = []
+        outs = []
+        sums = []
         for found in part.sets:
             own = next(p)
             rows = found.rows[:, :found.high, :part.rank].to(own.dtype)
             out = torch.bmm(found.gather(own).flatten(1, 2), rows)               # (B',T'*H,R)
-            latents.append(found.spread(out.view(*found.limits.shape, H, part.rank)))
-            shares.append(own.sum(-1))
-        attended.append((reduce(torch.add, latents), reduce(torch.add, shares)))
-    return attended
+            outs.append(found.spread(out.view(*found.limits.shape, H, part.rank)))
+            sums.append(own.sum(-1))
+        latents.append(reduce(torch.add, outs))
+        shares.append(reduce(torch.add, sums))
+    return Attended(latents, torch.stack(shares, -1))
 
 
 def latent_scores(q, bias, found, scale):
@@ -905,19 +916,21 @@ def _attend_by_kernel(parts, scale):
 
     shares = merge_shares(torch.cat(lses, -1))
     shares = shares.split([lse.shape[-1] for lse in lses], -1)
-    return [((share[..., None, :] @ out).squeeze(-2), share.sum(-1)) for share, out in zip(shares, outs)]
+    latents = [(share[..., None, :] @ out).squeeze(-2) for share, out in zip(shares, outs)]
+    return Attended(latents, torch.stack([share.sum(-1) for share in shares], -1))
 
 
 def latent_attend(parts, scale, backend=None):
-    """Attention over latent rows (§3.2): over all sets of all `parts`, a list of Absorbed, as one.
-
-    -> for each part what it has of the softmax: its Σ p value (B,T,H,R) and Σ p (B,T,H). fp32, or fp64 of fp64.
+    """Attention over latent rows (§3.2): over all sets of all `parts`, Absorbed of each modality, as one -> Attended,
+    in fp32, or fp64 of fp64.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
     q = parts[0].q
     if backend is None:
         backend = "triton" if q.is_cuda and triton is not None else "torch"
     run = _attend_by_kernel if backend == "triton" else _attend_torch
+    if not torch.is_autocast_enabled(q.device.type):
+        return run(parts, scale)
     with torch.autocast(q.device.type, enabled=False):               # both choose the precision of their sums
         return run(parts, scale)
 
@@ -1050,30 +1063,31 @@ class M2LA(Attention):
         q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
         shape = q_rope.shape[:3]
 
+        # The modalities that have rows, and their decoders by KV head.
+        sets = [cache.sets(layer, segment) for segment in range(len(self.ranks))]
+        held = [segment for segment, found in enumerate(sets) if found]
+        decoders = self.decoders()
+        ups = [decoders[segment][0].view(2, self.kv_heads, self.head_dim, -1) for segment in held]     # (2,G,Dh,R)
+        biases = torch.stack([decoders[segment][1] for segment in held], -1)     # (2*G*Dh,modalities)
+        bias_k, bias_v = biases.view(2, self.kv_heads, self.head_dim, -1)        # (G,Dh,modalities) each
+
+        # Uᵀ q_nope beside q_rope meets [c | k_rope].
+        bias_scores = from_heads(torch.bmm(q_nope, bias_k), shape).unbind(-1)    # (B,T,H) each
         parts = []
-        decoders = []
-        for segment, (weight, bias) in enumerate(self.decoders()):
-            sets = cache.sets(layer, segment)
-            if not sets:
-                continue                                                         # no rows of this modality
-            rank = self.ranks[segment]
-            up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)      # (G,Dh,R) each
-            bias_k, bias_v = bias.view(2, self.kv_heads, self.head_dim, 1)       # (G,Dh,1) each
-            # Uᵀ q_nope beside q_rope meets [c | k_rope].
+        for segment, (up_k, _), bias_score in zip(held, ups, bias_scores):
             q_latent = from_heads(torch.bmm(q_nope, up_k), shape)                # (B,T,H,R)
             q_row = torch.cat([q_latent, q_rope], -1)                            # (B,T,H,W)
-            bias_score = from_heads(torch.bmm(q_nope, bias_k), shape)[..., 0]    # (B,T,H)
-            parts.append(Absorbed(q_row, bias_score, rank, sets))
-            decoders.append((up_v, bias_v))
+            parts.append(Absorbed(q_row, bias_score, self.ranks[segment], sets[segment]))
 
-        # v = Σ over modalities of U' (Σ p c) + (Σ p) b'
-        values = []
-        for (latent, share), (up_v, bias_v) in zip(latent_attend(parts, self.scale), decoders):
+        # v = (Σ p) b' + U' (Σ p c), each summed over modalities.
+        latents, shares = latent_attend(parts, self.scale)
+        shares = to_heads(shares.to(bias_v.dtype), self.kv_heads)                # (G,B*T*H/G,modalities)
+        values = torch.bmm(bias_v, shares.mT)                                    # (G,Dh,B*T*H/G)
+        for latent, (_, up_v) in zip(latents, ups):
             latent = to_heads(latent.to(up_v.dtype), self.kv_heads)              # (G,B*T*H/G,R)
-            share = to_heads(share[..., None].to(up_v.dtype), self.kv_heads)     # (G,B*T*H/G,1)
-            # The larger matrix first: with few columns beside it, it is read in one stream.
-            values.append(torch.baddbmm(bias_v * share.mT, up_v, latent.mT))     # (G,Dh,B*T*H/G)
-        return from_heads(reduce(torch.add, values).mT, shape).flatten(2)
+            # The larger matrix first: beside few columns it is read in one stream.
+            values = torch.baddbmm(values, up_v, latent.mT)
+        return from_heads(values.mT, shape).flatten(2)
 
     def fold(self):
         """This layer in the form of the released one (§3.2): `Released.of`."""
