@@ -41,7 +41,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -77,7 +77,7 @@ def need(holds, problem, error=UserError):
 
 # ---------------------------------------------------------------------------------------------- RoPE
 
-@cache
+@lru_cache
 def frequencies(head_dim, theta, sections, device):
     """The L frequencies of RoPE, and the axis of positions that each turns with: 0 is t, 1 is h, 2 is w."""
     l = torch.arange(head_dim // 2, device=device)
