@@ -564,13 +564,15 @@ def test_the_cache_of_the_picture():
     assert cache.limits[:, 0].tolist() == [[3, 4], [4, 4]]
     assert cache.places[:, 0].tolist() == [[4, 3], [3, 4]]                               # 4: the spare row
     assert cache.visible()[0, 0].int().tolist() == [[1, 1, 1, 0, 1, 1, 1, 1], [1] * 8]
-    assert not cache.fresh and cache.mask is None
+    assert not cache.fresh and cache.mask is None and cache.growing == [0, 1]
     cache.append(0, 0, torch.full((1, 2, 5), 7.0))
     cache.append(0, 1, torch.full((1, 2, 4), 9.0))
     assert [rows[0, 3].unique().tolist() for rows in cache.rows[0]] == [[7], [9]]
     cache.commit()
     cache.truncate(7)                                                                    # only "?" is forgotten
     assert cache.counts[:, 0].tolist() == [3, 4]
+    cache.begin(torch.tensor([[True, False]]), torch.tensor([[False, True]]))            # padding and "?"
+    assert cache.growing == [0]
 
 
 @torch.no_grad()
