@@ -39,7 +39,9 @@ Differs from the paper, or decides what it leaves open:
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -75,19 +77,22 @@ def need(holds, problem, error=UserError):
 
 # ---------------------------------------------------------------------------------------------- RoPE
 
-def mrope(positions, head_dim, theta, sections):
-    """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,L), fp32.
-    Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
-    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
-    l = torch.arange(head_dim // 2, device=positions.device)
-    frequency = theta ** (-2.0 * l.float() / head_dim)
-
-    # The axis that each frequency turns with, (L,): 0 is t, 1 is h, 2 is w.
+@lru_cache
+def frequencies(head_dim, theta, sections, device):
+    """The L frequencies of RoPE, and the axis of positions that each turns with: 0 is t, 1 is h, 2 is w."""
+    l = torch.arange(head_dim // 2, device=device)
     axis = torch.zeros_like(l)
     for a in (1, 2):
         own = (l % 3 == a) & (l < 3 * sections[a])
         axis = axis.masked_fill(own, a)
+    return theta ** (-2.0 * l.float() / head_dim), axis
 
+
+def mrope(positions, head_dim, theta, sections):
+    """Interleaved MRoPE of Qwen3-VL: positions (3,B,T) of t/h/w -> cos, sin (B,T,L), fp32.
+    Frequency l turns with the position of one axis: h for l = 1,4,7,... and w for l = 2,5,8,..., each up to
+    3*its section, t for all others. Text has equal positions on all axes: there it is ordinary RoPE."""
+    frequency, axis = frequencies(head_dim, theta, tuple(sections), positions.device)
     angle = positions[axis].permute(1, 2, 0).float() * frequency                 # (B,T,L)
     return angle.cos(), angle.sin()
 
@@ -315,7 +320,7 @@ class GQA(Attention):
         k = rotate(k, cos, sin)
 
         if cache is not None:
-            cache.append(layer, [torch.cat([k, v], 2).flatten(2)])               # (B,T,2*G*Dh)
+            cache.append(layer, 0, torch.cat([k, v], 2).flatten(2))              # (B,T,2*G*Dh)
         q = q.transpose(1, 2)                                                    # (B,H,T,Dh)
         k = k.transpose(1, 2)                                                    # (B,G,T,Dh)
         v = v.transpose(1, 2)
@@ -422,6 +427,16 @@ class Held:
         return Share(out, lse)
 
 
+class RowSet(NamedTuple):
+    """Rows of one segment that new tokens see, in the cache itself or in one that it branched from."""
+    rows: torch.Tensor                   # (B',N,width)
+    limits: torch.Tensor                 # (B',T') how many of them a token sees, …
+    high: int                            # … none more than so many,
+    all_seen: bool                       # … or all of them so many
+    gather: Callable                     # (B,T,…) by new token -> (B',T',…) by sequence of rows and token
+    spread: Callable                     # the reverse
+
+
 class Cache:
     """Preallocated rows for all layers, in segments; the tokens of a segment are appended in order.
 
@@ -483,6 +498,10 @@ class Cache:
         # Places: the row that a token is written to. In its own segment the last that it sees, elsewhere the
         # spare one; so too if a replayed CUDA graph runs past the capacity. (segments,B,T)
         self.places = torch.where(own, self.limits - 1, self.spare).minimum(self.spare)
+        # Segments that some token belongs to. Decoding text writes no vision rows.
+        self.growing = range(segments)
+        if ask and segments > 1:
+            self.growing = own.flatten(1).any(1).nonzero().flatten().tolist()
         self.batch = torch.arange(len(vision), device=vision.device)[:, None].expand_as(vision)      # (B,T)
 
         # Tokens that are no padding, as numbers b*T + t, (N,); None: all, or nobody asks.
@@ -550,15 +569,30 @@ class Cache:
         padded.index_copy_(0, self.tokens, x)
         return padded.unflatten(0, self.shape).transpose(1, dim)
 
-    def append(self, layer, rows):
-        """Write the new tokens' rows: for each segment (B,T,width) or (1,N,width), of all tokens. `places` sorts
-        them."""
-        for held, places, new in zip(self.rows[layer], self.places, rows):
-            held[self.batch, places] = new.to(held.dtype)
+    def append(self, layer, segment, rows):
+        """Write the new tokens' rows for a segment, (B,T,width) or (1,N,width), of all tokens: `places` sorts them.
+        For those of `growing`; no token belongs to the others."""
+        held = self.rows[layer][segment]
+        held[self.batch, self.places[segment]] = rows.to(held.dtype)
 
     def view(self, layer):
         """The rows that may be in use: for each segment (B,N,width)."""
         return [rows[:, :n] for rows, n in zip(self.rows[layer], self.high)]
+
+    def sets(self, layer, segment):
+        """The sets of a segment's rows that few new tokens see: the cache's own, and those it branched from."""
+        found = []
+        shape = self.shape if self.tokens is None else (1, len(self.tokens))
+        if self.high[segment]:
+            all_seen = self.limits.shape[2] == 1 and self.low[segment] == self.high[segment]
+            found.append(RowSet(self.rows[layer][segment], self.limits[segment], self.high[segment], all_seen,
+                                self.pad, self.unpad))
+        for held in self.earlier:
+            if held.high[segment]:
+                limits = held.counts[segment][:, None].expand(-1, held.most)
+                found.append(RowSet(held.cache.rows[layer][segment], limits, held.high[segment], held.seen is None,
+                                    held.gather, partial(held.spread, shape=shape)))
+        return found
 
     def visible(self):
         """Mask (B,1,T,N) of the new tokens over the segments' rows side by side; None: they see all."""
@@ -653,31 +687,62 @@ class LatentCache(Cache):
 # When few tokens are new, their queries meet the cached rows themselves (`M2LA.attend_absorbed` says how): W
 # columns are the key of all heads, and the first R of them are also the value. The reference comes first.
 
-def _attend_torch(q, rows, limits, rank, scale):
-    """`latent_attend` in plain PyTorch. All rows of a sequence are one set: J = 1."""
-    T, H = q.shape[1:3]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    n = max(1, int(limits.max()))                                                # no query sees more rows
-    q = q.to(dtype) * scale
-    rows = rows[:, :n].to(dtype)
+class Absorbed(NamedTuple):
+    """The new tokens' queries as they meet cached rows of one modality."""
+    q: torch.Tensor                      # (B,T,H,W)
+    bias: torch.Tensor                   # (B,T,H) added to all scores of the modality, before they are scaled
+    rank: int                            # the first so many columns of a row are its value
+    sets: list                           # of RowSet, disjoint
 
-    # s = scale * q·row, -inf behind a query's limit. (B,T,H,n)
-    s = torch.bmm(q.flatten(1, 2), rows.mT).unflatten(1, (T, H))
-    if int(limits.min()) < n:
-        unseen = torch.arange(n, device=q.device) >= limits[:, :, None]          # (B,T,n)
-        s.masked_fill_(unseen[:, :, None], float("-inf"))
 
-    # p = exp(s - top), in the memory of s. Where nothing is seen, top is finite and all p are 0.
-    lowest = torch.finfo(dtype).min
-    top = s.detach().amax(-1, keepdim=True).clamp_min(lowest)                    # (B,T,H,1)
-    p = s.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)                                              # (B,T,H,1)
+class Attended(NamedTuple):
+    """What the modalities have of the softmax over all rows."""
+    latents: list                        # for each Σ p c, (B,T,H,R)
+    shares: torch.Tensor                 # for each Σ p, (B,T,H,modalities)
 
-    # out = Σ p value / Σ p,  lse = log Σ exp(s)
-    out = torch.bmm(p.flatten(1, 2), rows[..., :rank]).unflatten(1, (T, H))      # (B,T,H,R)
-    out = out / total.clamp_min(torch.finfo(dtype).tiny)
-    lse = top + total.log()
-    return out[..., None, :], lse
+
+def _attend_torch(parts, scale):
+    """`latent_attend` in plain PyTorch: one softmax over the scores of all sets."""
+    H = parts[0].q.shape[2]
+    scores = []
+    for part in parts:
+        for found in part.sets:
+            s = latent_scores(found.gather(part.q), found.gather(part.bias), found, scale)
+            scores.append(found.spread(s))                                       # (B,T,H,n)
+    p = torch.cat(scores, -1).softmax(-1)
+    p = iter(p.split([s.shape[-1] for s in scores], -1))
+
+    latents = []
+    shares = []
+    for part in parts:
+        outs = []
+        sums = []
+        for found in part.sets:
+            own = next(p)
+            rows = found.rows[:, :found.high, :part.rank].to(own.dtype)
+            out = torch.bmm(found.gather(own).flatten(1, 2), rows)               # (B',T'*H,R)
+            outs.append(found.spread(out.view(*found.limits.shape, H, part.rank)))
+            sums.append(own.sum(-1))
+        latents.append(reduce(torch.add, outs))
+        shares.append(reduce(torch.add, sums))
+    return Attended(latents, torch.stack(shares, -1))
+
+
+def latent_scores(q, bias, found, scale):
+    """scale * (q·row + bias) of q (B',T',H,W), bias (B',T',H) and a RowSet -> (B',T',H,n), in fp32 or fp64."""
+    dtype = torch.promote_types(found.rows.dtype, torch.float32)
+    rows = found.rows[:, :found.high].to(dtype)                                  # no query sees more
+    shape = q.shape[:3]
+    q = q.flatten(1, 2).to(dtype)                                                # (B',M,W)
+    bias = bias.flatten(1)[:, None].to(dtype)                                    # (B',1,M)
+    # The rows come first: from memory, with few queries, this takes 0.6 of q @ rowsᵀ's time on a CPU.
+    s = torch.baddbmm(bias, rows, q.mT, beta=scale, alpha=scale)                 # (B',n,M)
+    s = s.mT.view(*shape, found.high)
+    if not found.all_seen:
+        unseen = torch.arange(found.high, device=q.device) >= found.limits[:, :, None]   # (B',T',n)
+        # Not -inf: padding may see nothing at all.
+        s.masked_fill_(unseen[:, :, None], torch.finfo(dtype).min)
+    return s
 
 
 # The kernel's work on one sequence. A program takes BLOCK_M of the M = T*H query rows and one split of the
@@ -835,19 +900,54 @@ def _attend_triton(q, rows, limits, rank, scale, splits=None):
     return out.view(B, T, H, splits, rank), lse.view(B, T, H, splits)
 
 
-def latent_attend(q, rows, limits, rank, scale, backend=None):
-    """Attention over latent rows (§3.2): over J disjoint sets of them, for `merge_shares` to put together.
+def _attend_by_kernel(parts, scale):
+    """`latent_attend` by the kernel: each set on its own, then all are merged."""
+    outs = []
+    lses = []
+    for part in parts:
+        part_outs = []
+        part_lses = []
+        for found in part.sets:
+            q = found.gather(part.q).to(found.rows.dtype)
+            out, lse = _attend_triton(q, found.rows, found.limits, part.rank, scale)
+            part_outs.append(found.spread(out))
+            part_lses.append(found.spread(lse))
+        outs.append(torch.cat(part_outs, 3))                                     # (B,T,H,J,R)
+        lses.append(torch.cat(part_lses, 3) + scale * part.bias[..., None])      # (B,T,H,J)
 
-    q (B,T,H,W) against rows (B,N,W), of which query (b,t) sees the first limits[b,t]; the first `rank`
-    columns of a row are its value. The kernel cuts the rows into J splits, the reference takes all as one
-    -> out (B,T,H,J,R), lse (B,T,H,J), the log-sum-exp of the set's scores. fp32, or fp64 of fp64.
+    shares = merge_shares(torch.cat(lses, -1))
+    shares = shares.split([lse.shape[-1] for lse in lses], -1)
+    latents = [(share[..., None, :] @ out).squeeze(-2) for share, out in zip(shares, outs)]
+    return Attended(latents, torch.stack([share.sum(-1) for share in shares], -1))
+
+
+def latent_attend(parts, scale, backend=None):
+    """Attention over latent rows (§3.2): over all sets of all `parts`, Absorbed of each modality, as one -> Attended,
+    in fp32, or fp64 of fp64.
     backend: "triton" (a GPU, or TRITON_INTERPRET=1 set before this file is imported), "torch" (the reference,
     on any device) or None: Triton on a GPU, else PyTorch."""
+    q = parts[0].q
     if backend is None:
         backend = "triton" if q.is_cuda and triton is not None else "torch"
-    run = _attend_triton if backend == "triton" else _attend_torch
+    run = _attend_by_kernel if backend == "triton" else _attend_torch
+    if not torch.is_autocast_enabled(q.device.type):
+        return run(parts, scale)
     with torch.autocast(q.device.type, enabled=False):               # both choose the precision of their sums
-        return run(q.to(rows.dtype), rows, limits, rank, scale)
+        return run(parts, scale)
+
+
+def to_heads(x, heads):
+    """x (B,T,H,E) -> (heads,B*T*H/heads,E): side by side, what belongs to each of so many (KV) heads."""
+    B, T, H, E = x.shape
+    x = x.reshape(B * T, heads, H // heads, E)
+    return x.transpose(0, 1).reshape(heads, B * T * H // heads, E)
+
+
+def from_heads(x, shape):
+    """The reverse: x (heads,B*T*H/heads,E) -> (B,T,H,E), shape (B,T,H)."""
+    B, T, H = shape
+    heads, _, E = x.shape
+    return x.reshape(heads, B * T, H // heads, E).transpose(0, 1).reshape(B, T, H, E)
 
 
 # ---------------------------------------------------------------------------------------------- M²LA
@@ -858,14 +958,6 @@ class Latents(NamedTuple):
     q_rope: torch.Tensor                 # (B,H,T,P) RoPE part of the queries
     latents: list                        # (B,T,R) for each modality, made of every token
     k_rope: torch.Tensor                 # (B,T,P) the RoPE key that all heads share
-
-
-class Attended(NamedTuple):
-    """Absorbed attention over one segment of the cache, before its values are decoded."""
-    out: torch.Tensor                    # (B,T,H,J,R) attended latents of each set of rows
-    lse: torch.Tensor                    # (B,T,H,J) log-sum-exp of their scores
-    up_v: torch.Tensor                   # (G,Dh,R) latent -> value of each KV head …
-    bias_v: torch.Tensor                 # … (G,1,Dh)
 
 
 class M2LA(Attention):
@@ -892,7 +984,8 @@ class M2LA(Attention):
     def maps(self, x):
         """x (B,T,D) -> Latents."""
         q, k, v = self.project(x)
-        q = torch.einsum("bthd,hde->bhte", q, self.query)                        # (B,H,T,Dh+P)
+        q_maps = torch.bmm(to_heads(q, self.heads), self.query)                  # (H,B*T,Dh+P)
+        q = from_heads(q_maps, q.shape[:3]).transpose(1, 2)                      # (B,H,T,Dh+P)
         q_nope, q_rope = q.split([self.head_dim, self.rope_width], -1)
         rows = self.encode(torch.cat([k, v], 2).flatten(2))                      # (B,T,R+R+P)
         *latents, k_rope = rows.split([*self.ranks, self.rope_width], -1)
@@ -913,7 +1006,8 @@ class M2LA(Attention):
 
         if cache is not None:
             # A row for either segment; the cache keeps that of the token's modality.
-            cache.append(layer, [torch.cat([c, k_rope], -1) for c in latents])
+            for segment in cache.growing:
+                cache.append(layer, segment, torch.cat([latents[segment], k_rope], -1))
             if cache.few and not cache.fresh:
                 return self.o_proj(self.attend_absorbed(q_nope, q_rope, cache, layer))
 
@@ -965,59 +1059,40 @@ class M2LA(Attention):
         """Few new tokens: queries meet the cached rows themselves -> (B,T,H*Dh).
 
         As k_nope = U c + b, q_nope·k_nope = (Uᵀ q_nope)·c + q_nope·b: the decoder is absorbed into the query.
-        And as v = U' c + b', U' is applied once, to the attended latent. b enters the log-sum-exps."""
-        q_nope = q_nope.transpose(1, 2)                                          # (B,T,H,Dh)
+        And as v = U' c + b', U' is applied once, to the attended latent. q_nope·b is in all scores of a modality."""
+        q_nope = to_heads(q_nope.transpose(1, 2), self.kv_heads)                 # (G,B*T*H/G,Dh)
         q_rope = q_rope.transpose(1, 2)                                          # (B,T,H,P)
-        q = q_nope.unflatten(2, (self.kv_heads, -1))                             # (B,T,G,H/G,Dh)
+        shape = q_rope.shape[:3]
 
-        attended = []
+        # The modalities that have rows, and their decoders by KV head.
+        sets = []
+        ups = []                                                                 # (2,G,Dh,R) each
+        biases = []
         for segment, (weight, bias) in enumerate(self.decoders()):
-            own = cache.high[segment] > 0
-            earlier = [held for held in cache.earlier if held.high[segment] > 0]
-            if not own and not earlier:
-                continue                                                         # no rows of this modality
-            rank = self.ranks[segment]
-            up_k, up_v = weight.view(2, self.kv_heads, self.head_dim, rank)      # (G,Dh,R) each
-            bias_k, bias_v = bias.view(2, self.kv_heads, 1, self.head_dim)       # (G,1,Dh) each
+            found = cache.sets(layer, segment)
+            if found:
+                sets.append(found)
+                ups.append(weight.view(2, self.kv_heads, self.head_dim, -1))
+                biases.append(bias.view(2, self.kv_heads, self.head_dim))
+        bias_k, bias_v = torch.stack(biases, -1)                                 # (G,Dh,modalities) each
 
-            # Uᵀ q_nope beside q_rope meets [c | k_rope].
-            q_latent = torch.einsum("btgid,gdr->btgir", q, up_k).flatten(2, 3)   # (B,T,H,R)
+        # Uᵀ q_nope beside q_rope meets [c | k_rope].
+        bias_scores = from_heads(torch.bmm(q_nope, bias_k), shape).unbind(-1)    # (B,T,H) each
+        parts = []
+        for (up_k, _), bias_score, found in zip(ups, bias_scores, sets):
+            q_latent = from_heads(torch.bmm(q_nope, up_k), shape)                # (B,T,H,R)
             q_row = torch.cat([q_latent, q_rope], -1)                            # (B,T,H,W)
-            outs = []
-            lses = []
-            if own:
-                rows = cache.rows[layer][segment]
-                out, lse = latent_attend(cache.pad(q_row), rows, cache.limits[segment], rank, self.scale)
-                outs.append(cache.unpad(out))
-                lses.append(cache.unpad(lse))
-            for held in earlier:
-                rows = held.cache.rows[layer][segment]
-                queries = held.gather(q_row)                                     # (B',most,H,W)
-                limits = held.counts[segment][:, None].expand(queries.shape[:2])
-                out, lse = latent_attend(queries, rows, limits, rank, self.scale)
-                outs.append(held.spread(out, q_row.shape))
-                lses.append(held.spread(lse, q_row.shape))
-            out = torch.cat(outs, 3)                                             # (B,T,H,J,R)
-            lse = torch.cat(lses, 3)                                             # (B,T,H,J)
+            parts.append(Absorbed(q_row, bias_score, up_k.shape[2], found))
 
-            # scale * q_nope·b is in all scores of the segment.
-            bias_score = (q * bias_k).sum(-1).flatten(2)                         # (B,T,H)
-            lse = lse + self.scale * bias_score[..., None]
-            attended.append(Attended(out, lse, up_v, bias_v))
-
-        # Softmax over all rows of both segments, by the shares of their sets. Split again: (B,T,H,J) each.
-        shares = merge_shares(torch.cat([part.lse for part in attended], -1))
-        shares = shares.split([part.lse.shape[-1] for part in attended], -1)
-
-        # v = Σ over segments of U' (Σ shares c) + (Σ shares) b'
-        values = 0
-        by_head = q.shape[:4]                                                    # B,T,G,H/G
-        for share, part in zip(shares, attended):
-            latent = share[..., None, :] @ part.out                              # (B,T,H,1,R)
-            latent = latent.to(q.dtype).view(*by_head, -1)                       # (B,T,G,H/G,R)
-            share = share.sum(-1).to(q.dtype).view(*by_head, 1)                  # (B,T,G,H/G,1)
-            values = values + torch.einsum("btgir,gdr->btgid", latent, part.up_v) + share * part.bias_v
-        return values.flatten(2)
+        # v = (Σ p) b' + U' (Σ p c), each summed over modalities.
+        latents, shares = latent_attend(parts, self.scale)
+        shares = to_heads(shares.to(bias_v.dtype), self.kv_heads)                # (G,B*T*H/G,modalities)
+        values = torch.bmm(bias_v, shares.mT)                                    # (G,Dh,B*T*H/G)
+        for latent, (_, up_v) in zip(latents, ups):
+            latent = to_heads(latent.to(up_v.dtype), self.kv_heads)              # (G,B*T*H/G,R)
+            # Here too the larger matrix comes first.
+            values = torch.baddbmm(values, up_v, latent.mT)
+        return from_heads(values.mT, shape).flatten(2)
 
     def fold(self):
         """This layer in the form of the released one (§3.2): `Released.of`."""

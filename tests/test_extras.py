@@ -433,6 +433,34 @@ def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, 
     assert "gqa_eager_ms" in capsys.readouterr().out
 
 
+@torch.no_grad()
+def test_transformers_beside_ours_decodes_the_same_token(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers.models.qwen3_vl", reason="optional: the bench times it where it is installed")
+    gqa = bench_decode.decode_models(iv3.Config(layers=2, deepstack=()), False, "cpu", torch.float32)["gqa"]
+    theirs = bench_decode.their_decoder(gqa)
+    torch.manual_seed(0)
+    cache = bench_decode.filled_cache(gqa, 40, False, batch=3)
+    their_cache = bench_decode.TheirCache(gqa, cache)
+    monkeypatch.setattr(bench_decode, "filled_cache", lambda *_: cache)
+    ours, _ = bench_decode.decode_step(gqa, 40, False, 3)
+    monkeypatch.setattr(bench_decode, "TheirCache", lambda *_: their_cache)
+    step, _ = bench_decode.their_step(gqa, theirs, 40, 3)
+    expected = ours()
+    for _ in range(2):                                           # also when the token has been taken back
+        their_cache.truncate(40)
+        torch.testing.assert_close(step(), expected, atol=1e-5, rtol=1e-4)
+
+    monkeypatch.undo()
+    file = tmp_path / "decode.json"
+    monkeypatch.setattr(sys, "argv", f"bench_decode.py --contexts 32 --layers 1 --batch 2 --steps 1 --transformers "
+                                     f"--json {file}".split())
+    bench_decode.main()
+    result = json.loads(file.read_text())
+    row, = result["rows"]
+    assert result["env"]["batch"] == 2 and row["m2la_of_transformers"] == row["m2la_ms"] / row["transformers_ms"]
+    assert row["gqa_cache_mb"] == pytest.approx(2 * 32 * 2 * 64 * 4 / 1e6)
+
+
 def test_bench_agent_cache_runs_only_what_is_new(tmp_path, monkeypatch, capsys):
     file, lengths, forward = tmp_path / "cache.json", [], iv3.InternVideo3.forward
 

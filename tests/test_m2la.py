@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import iv3
 import m2la
 from iv3 import Config
-from m2la import (GQA, M2LA, Calibration, ConvertSpec, KVCache, LatentCache, UserError, latent_attend, merge_shares,
-                  mrope)
+from m2la import (GQA, M2LA, Absorbed, Calibration, ConvertSpec, KVCache, LatentCache, RowSet, UserError, latent_attend,
+                  merge_shares, mrope)
 
 HIDDEN, HEADS, KV, DH, THETA, SECTIONS = 64, 4, 2, 16, 1e4, (4, 2, 2)
 
@@ -145,6 +145,16 @@ def merged(out, lse):
     return (merge_shares(lse)[..., None, :] @ out).squeeze(-2), lse.logsumexp(-1)
 
 
+def over_rows(q, rows, limits, rank, scale, dtype=torch.float64):
+    """Attention over latent rows, written out -> out (B,T,H,R), lse (B,T,H)."""
+    rows = rows.to(dtype)
+    s = scale * torch.einsum("bthw,bnw->bthn", q.to(dtype), rows)
+    unseen = torch.arange(rows.shape[1], device=rows.device) >= limits[:, :, None]
+    s = s.masked_fill(unseen[:, :, None], -math.inf)
+    p = s.softmax(-1).nan_to_num()                                                       # where nothing is seen, 0
+    return torch.einsum("bthn,bnr->bthr", p, rows[..., :rank]), s.logsumexp(-1)
+
+
 @kernel
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
@@ -158,7 +168,7 @@ def test_kernel_equals_fp64(case, device, dtype=torch.float32, tolerance=1e-5):
         lengths[1], lengths[2] = 0, 1                                                    # empty and very short
     limits = (lengths[:, None] - T + 1 + torch.arange(T)).clamp_min(0).to(device)
     scale = (R + P) ** -0.5
-    expected, expected_lse = merged(*latent_attend(q.double(), rows.double(), limits, R, scale, "torch"))
+    expected, expected_lse = over_rows(q, rows, limits, R, scale)
     for b in range(B):
         rows[b, lengths[b]:] = float("nan")                                              # junk must not be read
     out, lse = merged(*m2la._attend_triton(q, rows, limits, R, scale, splits))
@@ -185,13 +195,13 @@ def test_kernel_addresses_beyond_int32(device):
     q, small = torch.randn(3, 1, 4, 64, device=device), torch.randn(3, 64, 64, device=device)
     rows.copy_(small)
     out, _ = merged(*m2la._attend_triton(q, rows, lengths[:, None].to(device), 48, 0.1, splits=2))
-    close(out, merged(*latent_attend(q, small, lengths[:, None].to(device), 48, 0.1, "torch"))[0], 1e-5)
+    close(out, over_rows(q, small, lengths[:, None].to(device), 48, 0.1)[0], 1e-5)
     if device == "cuda":
         N = 2 ** 21 + 100
         rows = torch.randn(1, N, 1024, device=device, dtype=torch.bfloat16)
         q, limits = torch.randn(1, 1, 32, 1024, device=device, dtype=torch.bfloat16), torch.tensor([[N]], device=device)
-        close(merged(*latent_attend(q, rows, limits, 896, 0.03, "triton"))[0],
-              merged(*latent_attend(q, rows, limits, 896, 0.03, "torch"))[0], 5e-3)
+        close(merged(*m2la._attend_triton(q, rows, limits, 896, 0.03))[0],
+              over_rows(q, rows, limits, 896, 0.03, torch.float32)[0], 5e-3)
 
 
 COMPILE = """                  # in a process of its own: where TRITON_INTERPRET is set, the kernel is none to compile
@@ -236,29 +246,45 @@ def test_kernel_compiles_for_an_h100_without_spills(tmp_path):
         assert shape[-1] == "fp32" or (stack == 0 and "cp.async" in ptx), (shape, stack)
 
 
+def row_set(rows, limits):
+    """A set of rows that belong to the sequences themselves."""
+    high = int(limits.max())
+    return RowSet(rows, limits, high, bool((limits == high).all()), lambda x: x, lambda x: x)
+
+
 @pytest.mark.parametrize("device, backend", [("cpu", "torch"), pytest.param("cpu", "triton", marks=kernel),
                                              pytest.param("cuda", "triton", marks=[cuda, kernel])])
-def test_latent_attend_equals_softmax(device, backend):
-    q, rows = torch.randn(2, 3, 4, 40, device=device), torch.randn(2, 50, 40, device=device)
-    limits = torch.tensor([[10, 11, 12], [48, 49, 50]], device=device)
-    out, lse = merged(*latent_attend(q, rows, limits, 30, 0.2, backend))
-    for b in range(2):
-        for t in range(3):
-            seen = rows[b, :limits[b, t]].double()
-            score = 0.2 * q[b, t].double() @ seen.mT
-            close(out[b, t], score.softmax(-1) @ seen[:, :30], 1e-5)
-            close(lse[b, t], score.logsumexp(-1), 1e-5)
+def test_latent_attend_is_one_softmax_over_all_sets(device, backend):
+    """Three sets of rows of two modalities, of different width, one partly seen, one empty for a sequence."""
+    scale, ranks = 0.2, (30, 17)
+    q = [torch.randn(2, 3, 4, rank + 10, device=device) for rank in ranks]
+    bias = [torch.randn(2, 3, 4, device=device) for _ in ranks]
+    rows = [torch.randn(2, n, rank + 10, device=device) for n, rank in ((50, 30), (20, 30), (35, 17))]
+    limits = torch.tensor([[[10, 11, 12], [48, 49, 50]], [[0] * 3, [20] * 3], [[35] * 3] * 2], device=device)
+    sets = [row_set(*of) for of in zip(rows, limits)]
+    parts = [Absorbed(q[0], bias[0], 30, sets[:2]), Absorbed(q[1], bias[1], 17, sets[2:])]
+    latents, attended_shares = latent_attend(parts, scale, backend)
+
+    modality = [0, 0, 1]
+    sums = [over_rows(q[m], rows[i], limits[i], ranks[m], scale) for i, m in enumerate(modality)]
+    lse = torch.stack([lse + scale * bias[m] for m, (_, lse) in zip(modality, sums)], -1)
+    shares = lse.softmax(-1)                                                             # of each set, (2,3,4,3)
+    outs = [share[..., None] * out for share, (out, _) in zip(shares.unbind(-1), sums)]
+    close(latents[0], outs[0] + outs[1], 1e-5)
+    close(latents[1], outs[2], 1e-5)
+    close(attended_shares, torch.stack([shares[..., :2].sum(-1), shares[..., 2]], -1), 1e-5)
 
 
 def test_latent_attend_default_is_by_device():
     q, rows, limits = torch.randn(1, 1, 2, 8), torch.randn(1, 5, 8), torch.tensor([[5]])
-    assert torch.equal(latent_attend(q, rows, limits, 4, 1.0)[0], latent_attend(q, rows, limits, 4, 1.0, "torch")[0])
+    parts = [Absorbed(q, torch.zeros(1, 1, 2), 4, [row_set(rows, limits)])]
+    assert torch.equal(latent_attend(parts, 1.0).latents[0], latent_attend(parts, 1.0, "torch").latents[0])
 
 
 @kernel
 def test_kernel_refuses_rows_that_do_not_fit():
     with pytest.raises(UserError, match="1024"):
-        latent_attend(torch.randn(1, 1, 1, 1100), torch.randn(1, 2, 1100), torch.tensor([[2]]), 1000, 1.0, "triton")
+        m2la._attend_triton(torch.randn(1, 1, 1, 1100), torch.randn(1, 2, 1100), torch.tensor([[2]]), 1000, 1.0)
 
 
 def test_merge_of_unequal_and_empty_sets():
@@ -538,12 +564,15 @@ def test_the_cache_of_the_picture():
     assert cache.limits[:, 0].tolist() == [[3, 4], [4, 4]]
     assert cache.places[:, 0].tolist() == [[4, 3], [3, 4]]                               # 4: the spare row
     assert cache.visible()[0, 0].int().tolist() == [[1, 1, 1, 0, 1, 1, 1, 1], [1] * 8]
-    assert not cache.fresh and cache.mask is None
-    cache.append(0, [torch.full((1, 2, 5), 7.0), torch.full((1, 2, 4), 9.0)])
+    assert not cache.fresh and cache.mask is None and cache.growing == [0, 1]
+    cache.append(0, 0, torch.full((1, 2, 5), 7.0))
+    cache.append(0, 1, torch.full((1, 2, 4), 9.0))
     assert [rows[0, 3].unique().tolist() for rows in cache.rows[0]] == [[7], [9]]
     cache.commit()
     cache.truncate(7)                                                                    # only "?" is forgotten
     assert cache.counts[:, 0].tolist() == [3, 4]
+    cache.begin(torch.tensor([[True, False]]), torch.tensor([[False, True]]))            # padding and "?"
+    assert cache.growing == [0]
 
 
 @torch.no_grad()
