@@ -1471,7 +1471,7 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.__module__ == "torch.nn.init":
+        if getattr(function, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"]                      # as it is
         return function(*args, **kwargs)
 

@@ -966,10 +966,12 @@ class M2LA(Attention):
         self.rope_width = rope_width
         self.ranks = tuple(ranks)
         width = 2 * kv_heads * head_dim
-        self.query = nn.Parameter(torch.randn(heads, head_dim, head_dim + rope_width) * head_dim ** -0.5)
+        self.query = nn.Parameter(torch.empty(heads, head_dim, head_dim + rope_width))
+        nn.init.normal_(self.query, std=head_dim ** -0.5)
         self.encode = nn.Linear(width, sum(ranks) + rope_width)          # -> [c_text | c_vision | k_rope]
         self.decode = nn.ModuleList(nn.Linear(rank, width) for rank in ranks)        # text, vision
-        self.register_buffer("slots", torch.arange(rope_width // 2) % (head_dim // 2))     # frequencies, (S,)
+        slots = [slot % (head_dim // 2) for slot in range(rope_width // 2)]
+        self.register_buffer("slots", torch.tensor(slots))               # the frequency of each slot, (S,)
 
     def maps(self, x):
         """x (B,T,D) -> Latents."""

@@ -1412,9 +1412,13 @@ def train_flops(model, batch):
     cfg, visual, valid = model.cfg, model.visual, batch["valid"]
     patches = len(batch["patches"])
 
-    # Weights: decoder layers per token, output head per answer token, tower per patch, mergers per token.
-    out = matrix_weights(model.language_model.layers) * int(valid.sum())
-    out += cfg.vocab * cfg.hidden * int(batch["answer"].sum())
+    # Weights: decoder layers per token, the last MLP and the output head per answer token, tower per patch,
+    # mergers per token.
+    tokens = int(valid.sum())
+    answers = int(batch["answer"].sum())
+    last_mlp = matrix_weights(model.language_model.layers[-1].mlp)
+    out = (matrix_weights(model.language_model.layers) - last_mlp) * tokens
+    out += (last_mlp + cfg.vocab * cfg.hidden) * answers
     out += matrix_weights(visual.patch_embed, visual.blocks) * patches
     out += matrix_weights(visual.merger, visual.deepstack_merger_list) * patches // cfg.merge ** 2
 
