@@ -500,11 +500,14 @@ class InternVideo3(nn.Module):
         block, and the sequence gets no longer."""
         recompute = self.checkpointing and self.training
         last = len(self.language_model.layers) - 1
+        chosen = None                                    # before the last layer all tokens
         for i, layer in enumerate(self.language_model.layers):
-            chosen = wanted if i == last else None
+            if i == last and wanted is not None:
+                chosen = wanted
+                deep = [features[chosen] for features in deep]
             x = run_block(layer, recompute, x, chosen, layer=i, **attention)
             if i < len(deep):
-                x = x + (deep[i] if chosen is None else deep[i][chosen])
+                x = x + deep[i]
         return self.language_model.norm(x)
 
     def run_cached(self, x, deep, rope, vision, cache, valid):

@@ -128,7 +128,9 @@ class Blocks:
 def joined(x, head, low, stop, dim):
     """0..head and low..stop of one dimension side by side. Where there is no head, no copy is made."""
     own = x.narrow(dim, low, stop - low)
-    return torch.cat([x.narrow(dim, 0, head), own], dim) if head else own
+    if not head:
+        return own
+    return torch.cat([x.narrow(dim, 0, head), own], dim)
 
 
 def attend(q, k, v, mask, scale):
