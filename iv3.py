@@ -385,9 +385,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
         self.post_attention_layernorm = nn.RMSNorm(cfg.hidden, cfg.eps)
 
-    def forward(self, x, **attention):
-        """x (B,T,D); `attention`: the further arguments of GQA.forward."""
+    def forward(self, x, wanted=None, **attention):
+        """x (B,T,D); wanted (B,T) bool: go on with these n tokens alone, (n,D); `attention`: the further
+        arguments of GQA.forward."""
         x = x + self.self_attn(self.input_layernorm(x), **attention)
+        if wanted is not None:
+            x = x[wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -458,8 +461,10 @@ class InternVideo3(nn.Module):
             vision_capacity = capacity
         return LatentCache(cfg.ranks, cfg.rope_width, batch, (capacity, vision_capacity), **like)
 
-    def forward(self, ids, positions, patches=None, grids=None, mask=None, cache=None, valid=None):
-        """Tokens and pixels → hidden (B,T,D) after the last norm; see `logits`.
+    def forward(self, ids, positions, patches=None, grids=None, mask=None, cache=None, valid=None,
+                wanted=None):
+        """Tokens and pixels → hidden (B,T,D) after the last norm; see `logits`. Without a cache, of the n
+        tokens in `wanted` (B,T) bool alone, (n,D).
 
         ids (B,T), positions (3,B,T), patches (Np, 3·2·p·p) uint8 of all videos in reading order, grids (n,2).
         mask as in m2la.attend, None = causal; with a cache, valid (B,T) marks tokens that are no padding."""
@@ -470,7 +475,7 @@ class InternVideo3(nn.Module):
         # where a token is, m2la.mrope which frequencies turn with which axis.
         rope = mrope(positions, self.cfg.head_dim, self.cfg.theta, self.cfg.mrope_sections)
         if cache is None:
-            return self.run_layers(x, deep, rope=rope, vision=vision, mask=mask)
+            return self.run_layers(x, deep, wanted, rope=rope, vision=vision, mask=mask)
         return self.run_cached(x, deep, rope, vision, cache, valid)
 
     def embed(self, ids, vision, patches, grids):
@@ -486,15 +491,21 @@ class InternVideo3(nn.Module):
         deep = [torch.zeros_like(x).masked_scatter(at, tap.to(x.dtype)) for tap in taps]
         return x, deep
 
-    def run_layers(self, x, deep, **attention):
-        """The decoder on embedded tokens. → hidden (B,T,D) after the last norm
+    def run_layers(self, x, deep, wanted=None, **attention):
+        """The decoder on embedded tokens. → hidden (B,T,D) after the last norm, or (n,D) of those `wanted`:
+        behind the last attention no token needs the others.
 
         DeepStack: deep[i] (B,T,D), the features of the i-th tapped vision block at the vision tokens and 0 at
         text, is added after decoder layer i. So fine detail reaches the first layers past the tower's last
         block, and the sequence gets no longer."""
         recompute = self.checkpointing and self.training
+        last = len(self.language_model.layers) - 1
+        chosen = None                                    # before the last layer all tokens
         for i, layer in enumerate(self.language_model.layers):
-            x = run_block(layer, recompute, x, layer=i, **attention)
+            if i == last and wanted is not None:
+                chosen = wanted
+                deep = [features[chosen] for features in deep]
+            x = run_block(layer, recompute, x, chosen, layer=i, **attention)
             if i < len(deep):
                 x = x + deep[i]
         return self.language_model.norm(x)
@@ -1395,15 +1406,23 @@ def collate(samples, pad, device="cpu"):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def before_answers(answer):
+    """Where the answer tokens are predicted: token t predicts t+1. answer (…,T) bool → the same shape."""
+    return F.pad(answer[..., 1:], (0, 1))
+
+
 def answer_logits(model, hidden, answer):
     """The logits that predict the answer tokens: of token t from the hidden state at t-1. → (n, V) fp32
 
     hidden (T,D) with answer (T,) bool, or (B,T,D) with (B,T); the n answer tokens in reading order. hidden
-    may be longer, by padding. The head runs in the type of its weights, without autocast: a bf16 logit of 16
-    is off by up to 0.06, and ratios in GSPO differ by 1e-3."""
-    # target[t]: is token t+1 an answer? Then the hidden state at t predicts it.
-    target = answer[..., 1:]
-    hidden = hidden[..., :target.shape[-1], :][target]                      # (n,D)
+    may be longer, by padding."""
+    target = before_answers(answer)
+    return exact_logits(model, hidden[..., :target.shape[-1], :][target])
+
+
+def exact_logits(model, hidden):
+    """hidden (…, D) → (…, V) fp32. The head runs in the type of its weights, without autocast: a bf16 logit
+    of 16 is off by up to 0.06, and ratios in GSPO differ by 1e-3."""
     weight = model.language_model.embed_tokens.weight
     with torch.autocast(hidden.device.type, enabled=False):
         return model.logits(hidden.to(weight.dtype)).float()
@@ -1584,6 +1603,17 @@ def build_model(cfg, tokenizer):
     return InternVideo3(cfg, [tokenizer.token_id("<|image_pad|>"), tokenizer.token_id("<|video_pad|>")])
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """`with NoInit():` modules are built without random numbers. Their weights are replaced anyway, and drawing
+    them for tensors without memory imports PyTorch's compiler, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]                      # as it is
+        return function(*args, **kwargs)
+
+
 def load_model(directory, device="cpu", dtype=torch.float32):
     """→ (model, processor) of a checkpoint directory, ours or Hugging Face's.
 
@@ -1594,7 +1624,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     directory = config.parent
     cfg = Config.load(config)
     tokenizer = Tokenizer.load(directory)
-    with torch.device("meta"):                                              # shapes without memory
+    with torch.device("meta"), NoInit():                                    # shapes without memory
         model = build_model(cfg, tokenizer)
 
     # What is still to come, with the shapes that the config asks for.

@@ -41,7 +41,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial, reduce
+from functools import cached_property, lru_cache, partial, reduce
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -118,37 +118,120 @@ class Blocks:
     def to(self, device, **how):
         return Blocks(self.mask.to(device, **how), self.blocks)
 
+    @cached_property
+    def bias(self):
+        """What is added to the scores of each block, (B,1,t,n): 0 where a query sees a key, else next to -inf
+        (-inf itself makes NaN of a query that sees nothing). Made once a batch, for all layers."""
+        out = []
+        for start, stop, head, low in self.blocks:
+            seen = joined(self.mask[:, :, start:stop], head, low, stop, dim=3)
+            out.append((seen.float() - 1) * 1e30)
+        return out
+
+
+def joined(x, head, low, stop, dim):
+    """0..head and low..stop of one dimension side by side. Where there is no head, no copy is made."""
+    own = x.narrow(dim, low, stop - low)
+    if not head:
+        return own
+    return torch.cat([x.narrow(dim, 0, head), own], dim)
+
 
 def attend(q, k, v, mask, scale):
     """Attention among T tokens: q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv) -> (B,T,H*Dv).
     mask: (B,1,T,T) bool, True = seen; or Blocks; or None = causal."""
     Dv = v.shape[-1]
-    v = widened(v, q)
     if mask is None:
         share_heads = q.shape[1] > k.shape[1]
+        v = widened(v, q)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=share_heads)
     elif isinstance(mask, Blocks):
         out = attend_blocks(q, k, v, mask, scale)
     else:
-        out = attend_grouped(q, k, v, mask, scale)
+        out = attend_grouped(q, k, widened(v, q), mask, scale)
     return out[..., :Dv].transpose(1, 2).flatten(2)
 
 
 def attend_blocks(q, k, v, mask, scale):
     """As `attend_grouped`, with a sparse mask: each block of queries meets only the keys that it may see."""
+    if q.device.type == "cpu" and q.shape[2] <= KEPT:
+        return BlockAttention.apply(q, k, v, mask, scale)
+    v = widened(v, q)
     outs = []
     for start, stop, head, low in mask.blocks:
-        # The block's own keys, low..stop.
-        keys = k[:, :, low:stop]
-        values = v[:, :, low:stop]
-        seen = mask.mask[:, :, start:stop, low:stop]
-        # Before them, what all conversations begin with. (Where there is nothing, no copy is made.)
-        if head:
-            keys = torch.cat([k[:, :, :head], keys], 2)
-            values = torch.cat([v[:, :, :head], values], 2)
-            seen = torch.cat([mask.mask[:, :, start:stop, :head], seen], 3)
+        keys = joined(k, head, low, stop, dim=2)
+        values = joined(v, head, low, stop, dim=2)
+        seen = joined(mask.mask[:, :, start:stop], head, low, stop, dim=3)
         outs.append(attend_grouped(q[:, :, start:stop], keys, values, seen, scale))
     return torch.cat(outs, 2)
+
+
+# On a CPU the attention weights of so many tokens are kept for the backward pass; those of more would not fit.
+KEPT = 4096
+
+
+class BlockAttention(torch.autograd.Function):
+    """`attend_blocks` by plain products, for CPUs: there the fused kernel takes twice as long in both passes,
+    and autograd as long again for the blocks' slices and paddings.
+
+        P = softmax(scale Q Kᵀ + bias),  O = P V                       of each block
+        dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - Σ dO ∘ O),  dQ = scale dS K,  dK = scale dSᵀ Q
+
+    B*G stand in front, r = H/G query heads share a KV head: a block's queries are (B*G, r*t, E)."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, q, k, v, mask, scale):
+        B, H, T, E = q.shape
+        G = k.shape[1]
+        q = q.reshape(B * G, H // G, T, E) * scale
+        k = k.reshape(B * G, T, E)
+        v = v.reshape(B * G, T, -1)
+
+        out = q.new_empty(B * G, H // G, T, v.shape[2])
+        kept = []
+        for (start, stop, head, low), bias in zip(mask.blocks, mask.bias):
+            keys = joined(k, head, low, stop, dim=1)                             # (B*G,n,E)
+            values = joined(v, head, low, stop, dim=1)
+            scores = q[:, :, start:stop].flatten(1, 2) @ keys.mT                 # (B*G,r*t,n)
+            scores.view(B, -1, stop - start, bias.shape[3]).add_(bias)           # (B,H,t,n)
+            weights = torch.softmax(scores, -1, out=scores)
+            out[:, :, start:stop] = (weights @ values).unflatten(1, (H // G, -1))
+            kept.append(weights)
+
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.blocks = mask.blocks
+        ctx.scale = scale
+        return out.view(B, H, T, -1)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        q, k, v, out, *kept = ctx.saved_tensors                                  # q with the scale in it
+        B, H, T, _ = grad.shape
+        r = q.shape[1]
+        grad = grad.reshape(out.shape)
+        mean = (grad * out).sum(-1, keepdim=True)                                # Σ dO ∘ O, (B*G,r,T,1)
+
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        for (start, stop, head, low), weights in zip(ctx.blocks, kept):
+            keys = joined(k, head, low, stop, dim=1)
+            values = joined(v, head, low, stop, dim=1)
+            queries = q[:, :, start:stop].flatten(1, 2)                          # (B*G,r*t,E)
+            dout = grad[:, :, start:stop].flatten(1, 2)
+            dscores = (dout @ values.mT).sub_(mean[:, :, start:stop].flatten(1, 2)).mul_(weights)
+            dq[:, :, start:stop] = (dscores @ keys).unflatten(1, (r, -1))
+            # Keys before `head` are added to by every block, the others by those that see them.
+            dk[:, low:stop].baddbmm_(dscores[..., head:].mT, queries)
+            dv[:, low:stop].baddbmm_(weights[..., head:].mT, dout)
+            if head:
+                dk[:, :head].baddbmm_(dscores[..., :head].mT, queries)
+                dv[:, :head].baddbmm_(weights[..., :head].mT, dout)
+
+        dq = dq.mul_(ctx.scale).view(B, H, T, -1)
+        return dq, dk.view(B, -1, *k.shape[1:]), dv.view(B, -1, *v.shape[1:]), None, None
 
 
 def attend_grouped(q, k, v, mask, scale):
@@ -976,10 +1059,12 @@ class M2LA(Attention):
         self.rope_width = rope_width
         self.ranks = tuple(ranks)
         width = 2 * kv_heads * head_dim
-        self.query = nn.Parameter(torch.randn(heads, head_dim, head_dim + rope_width) * head_dim ** -0.5)
+        self.query = nn.Parameter(torch.empty(heads, head_dim, head_dim + rope_width))
+        nn.init.normal_(self.query, std=head_dim ** -0.5)
         self.encode = nn.Linear(width, sum(ranks) + rope_width)          # -> [c_text | c_vision | k_rope]
         self.decode = nn.ModuleList(nn.Linear(rank, width) for rank in ranks)        # text, vision
-        self.register_buffer("slots", torch.arange(rope_width // 2) % (head_dim // 2))     # frequencies, (S,)
+        slots = [slot % (head_dim // 2) for slot in range(rope_width // 2)]
+        self.register_buffer("slots", torch.tensor(slots))               # the frequency of each slot, (S,)
 
     def maps(self, x):
         """x (B,T,D) -> Latents."""

@@ -37,6 +37,7 @@ Differs from the paper:
     shards the weights; sequences are not split.
 """
 import argparse
+import ctypes
 import hashlib
 import itertools
 import json
@@ -47,6 +48,7 @@ import re
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that spin starve other processes
 
 import shutil
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -64,9 +66,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 from eval import command, gather, once, rank, world     # gather(x): of all processes; once(f): on the first
-from iv3 import (PRESETS, Config, Encoded, MediaError, UserError, answer_logits, build_model, check_flags,
-                 clip_of, collate, find_model, first_media, framed, generate, load_model, load_rows, need,
-                 read_json, run_cli, save_model, write_atomic)
+from iv3 import (PRESETS, Config, Encoded, MediaError, UserError, before_answers, build_model, check_flags,
+                 clip_of, collate, exact_logits, find_model, first_media, framed, generate, load_model,
+                 load_rows, need, read_json, run_cli, save_model, write_atomic)
 from m2la import FOLDABLE, Blocks, cache_ratio, calibrate, convert_layers, divergence, spec_of
 
 
@@ -589,10 +591,11 @@ class Predicted(NamedTuple):
 
 def answer_forward(model, batch):
     """One packed forward → Predicted."""
-    hidden = model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"])
-    answer = batch["answer"]                                     # (B,T), of hidden (B,T,D)
+    answer = batch["answer"]                                     # (B,T)
+    hidden = model(batch["ids"], batch["positions"], batch["patches"], batch["grids"], mask=batch["mask"],
+                   wanted=before_answers(answer))                # (n,D)
     return Predicted(
-        logits=answer_logits(model, hidden, answer),
+        logits=exact_logits(model, hidden),
         token=batch["ids"][:, 1:][answer[:, 1:]],
         sample=batch["sample"][:, 1:][answer[:, 1:]])
 
@@ -1409,9 +1412,13 @@ def train_flops(model, batch):
     cfg, visual, valid = model.cfg, model.visual, batch["valid"]
     patches = len(batch["patches"])
 
-    # Weights: decoder layers per token, output head per answer token, tower per patch, mergers per token.
-    out = matrix_weights(model.language_model.layers) * int(valid.sum())
-    out += cfg.vocab * cfg.hidden * int(batch["answer"].sum())
+    # Weights: decoder layers per token, the last MLP and the output head per answer token, tower per patch,
+    # mergers per token.
+    tokens = int(valid.sum())
+    answers = int(batch["answer"].sum())
+    last_mlp = matrix_weights(model.language_model.layers[-1].mlp)
+    out = (matrix_weights(model.language_model.layers) - last_mlp) * tokens
+    out += (last_mlp + cfg.vocab * cfg.hidden) * answers
     out += matrix_weights(visual.patch_embed, visual.blocks) * patches
     out += matrix_weights(visual.merger, visual.deepstack_merger_list) * patches // cfg.merge ** 2
 
@@ -2201,7 +2208,18 @@ def check(args):
     return stage
 
 
+def keep_memory():
+    """glibc gives large blocks that are freed back to the system; a step asks for the same again, and pages
+    that are new have to be cleared: 5 % of its time."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):            # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 2 ** 25)                      # M_MMAP_THRESHOLD: blocks of their own from 32 MB on
+            libc.mallopt(-1, 2 ** 31 - 1)                  # M_TRIM_THRESHOLD: free memory that is kept
+
+
 def main():
+    keep_memory()
     args = parser_of(__doc__).parse_args()
     stage = check(args)
     need(not args.fsdp or stage and not STAGES[stage].on_policy,

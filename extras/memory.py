@@ -152,10 +152,12 @@ def activation_bytes(cfg, T, packs=1, keys=2.0, seen=0.53, answers=256, vision=1
     if not {"vision", "projector"} <= set(freeze):
         pixels += (1 + len(cfg.deepstack)) * merger_bytes(cfg, operand)
 
-    last_norm = 2 * FP32 * cfg.hidden                    # its input and its normal form
-    token = cfg.layers * kept_layer + last_norm + vision * pixels
-    answer = FP32 * cfg.vocab + operand * cfg.hidden     # log-probabilities, and the input of the head
+    token = cfg.layers * kept_layer + vision * pixels
+    # Log-probabilities, the input of the head, and of the last norm its input and its normal form.
+    answer = FP32 * cfg.vocab + (operand + 2 * FP32) * cfg.hidden
     saved = packs * (T * token + answers * answer)
+    if not checkpointing:                                # the last MLP sees answers alone
+        saved -= packs * (T - answers) * mlp_bytes(cfg, operand, mixed)
 
     # At once: the logits, their gradient and what the head gave, or one layer computed anew; and the mask of
     # bools, T·T.
@@ -172,11 +174,11 @@ def decoder_layer_bytes(cfg, T, keys, seen, operand, mixed):
     kv = cfg.kv_heads * cfg.head_dim                     # of all keys, and of all values
     share = cfg.heads // cfg.kv_heads                    # query heads of a KV head
 
-    # Norms keep their input and its normal form, in fp32: two of the layer, q_norm and k_norm.
-    norms = FP32 * 2 * (2 * D + q + kv)
-    # Their outputs go into five linear layers: q, k, v and gate, up. Autocast makes a copy for each of them;
-    # in fp32 the linear layers share the two outputs.
-    copies = 5 if mixed else 2
+    # Norms keep their input and its normal form, in fp32: one before attention, q_norm and k_norm.
+    norms = FP32 * 2 * (D + q + kv)
+    # The first's output goes into three linear layers. Autocast makes a copy for each of them; in fp32 they
+    # share it.
+    copies = 3 if mixed else 1
     inputs = copies * D
     # M²LA: the inputs of query map, encoder and decoders.
     width = q
@@ -186,11 +188,16 @@ def decoder_layer_bytes(cfg, T, keys, seen, operand, mixed):
         inputs += q + 2 * kv + cfg.rope_width + ranks    # and the shared RoPE key
     # Attention keeps q and its output, and the keys and values that the mask's blocks hold; o_proj its input.
     attention = 2 * width * (1 + keys / share) + q
-    # The MLP: gate, silu(gate), up, and their product.
-    mlp = 4 * cfg.mlp
     # The mask, as the kernel adds it to the scores: for each query head of a KV head, over the keys it meets.
     mask = operand * share * seen * T
-    return norms + operand * (inputs + attention + mlp) + mask
+    return norms + operand * (inputs + attention) + mask + mlp_bytes(cfg, operand, mixed)
+
+
+def mlp_bytes(cfg, operand, mixed):
+    """What an MLP and the norm before it keep of one token."""
+    copies = 2 if mixed else 1                           # of the norm's output: for gate and up
+    # Gate, silu(gate), up, and their product.
+    return FP32 * 2 * cfg.hidden + operand * (copies * cfg.hidden + 4 * cfg.mlp)
 
 
 def vision_block_bytes(cfg, operand):

@@ -890,6 +890,46 @@ def test_padding_does_not_count():
     assert alone.moments[0].count.sum() == 43
 
 
+@pytest.mark.parametrize("B,H,G", [(1, 4, 2), (2, 3, 3)])
+def test_block_attention_is_attention_with_the_whole_mask(B, H, G):
+    """Output and gradients in fp64, against a softmax over all keys; a query that sees nothing is no NaN."""
+    torch.manual_seed(0)
+    T = 20
+    blocks = [(0, 8, 0, 0), (8, 14, 8, 8), (14, 20, 5, 11)]
+    looked_at = torch.zeros(T, T, dtype=torch.bool)
+    for start, stop, head, low in blocks:
+        looked_at[start:stop, :head] = looked_at[start:stop, low:stop] = True
+    mask = torch.rand(B, 1, T, T) < 0.5
+    mask = mask & looked_at & torch.ones(T, T, dtype=torch.bool).tril() | torch.eye(T, dtype=torch.bool)
+    q, k, v = (torch.randn(B, n, T, width, dtype=torch.float64, requires_grad=True)
+               for n, width in ((H, 6), (G, 6), (G, 4)))
+
+    scores = (q @ k.repeat_interleave(H // G, 1).mT * 0.3).masked_fill(~mask, -torch.inf)
+    want = (scores.softmax(-1) @ v.repeat_interleave(H // G, 1)).transpose(1, 2).flatten(2)
+    got = m2la.attend(q, k, v, m2la.Blocks(mask, blocks), 0.3)
+    torch.testing.assert_close(got, want)
+    weight = torch.randn_like(want)
+    for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (got, want))):
+        torch.testing.assert_close(ours, theirs)
+
+    mask[0, :, 3] = False
+    assert m2la.attend(q, k, v, m2la.Blocks(mask, blocks), 0.3).isfinite().all()
+
+
+def test_block_attention_by_the_fused_kernel_and_under_autocast(monkeypatch):
+    """What a GPU or a long sequence runs gives the same; bf16 inputs under autocast, gradients in their type."""
+    torch.manual_seed(0)
+    mask = m2la.Blocks(torch.ones(2, 1, 16, 16, dtype=torch.bool).tril(), [(0, 6, 0, 0), (6, 16, 6, 6)])
+    q, k, v = (torch.randn(2, n, 16, width, requires_grad=True) for n, width in ((4, 8), (2, 8), (2, 4)))
+    own = m2la.attend(q, k, v, mask, 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = m2la.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 0.3)
+    rough.sum().backward()
+    assert q.grad.dtype == torch.float32 and 0 < (rough - own).abs().max() < 0.05
+    monkeypatch.setattr(m2la, "KEPT", 0)
+    torch.testing.assert_close(m2la.attend(q, k, v, mask, 0.3), own)
+
+
 def calibration_batch(valid=None, mask=None):
     """Two sequences of 30 tokens with a video each, as iv3.collate or train.collate_packs would hand them over."""
     ids = torch.randint(3, 1000, (2, 30))

@@ -9,6 +9,7 @@ import torch
 from test_iv3 import LATENT, UNTIED, folder, random_model, tokenizer, user, video
 
 import iv3
+import m2la
 import train
 from iv3 import Config, Processor
 
@@ -45,7 +46,7 @@ def kept_by_autograd(model, batch, monkeypatch):
         kept[tensor.untyped_storage().data_ptr()] = tensor                   # alive, or another would get its address
         return tensor
     checkpoint = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, /, **k: checkpoint(f, keep(x), **k))
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, x, *a, **k: checkpoint(f, keep(x), *a, **k))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits, token, _ = train.answer_forward(model, batch)
         torch.nn.functional.cross_entropy(logits, token)
@@ -61,6 +62,7 @@ def test_activations_are_estimated_as_autograd_keeps_them(attn, options, tokeniz
     if "freeze" in options:
         model.visual.requires_grad_(False)
     model.checkpointing = "checkpointing" in options
+    monkeypatch.setattr(m2la, "KEPT", 0)                                     # attention as on a GPU
     sample = processor.encode([user(video("wide.mp4"), video("ramp.mp4"), "What colour is the shape? " * 4),
                                {"role": "assistant", "content": "red circle " * 30}], folder)
     batch = train.collate_packs([train.make_pack([sample], len(sample.grids), model.vision_ids)] * 2)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 VERSION = 6  # raise it when the same settings give other data: older folders are then refused, not mixed
@@ -190,18 +191,18 @@ def draw_facts(rng):
 def cover(shape, x, y, r, scale):
     """How much of each pixel the shape covers, 0..1, from the distance to its edge; (0, 0) is its centre. `scale`:
     pixels a unit of length."""
-    x, down, y, far = np.abs(x), y, np.abs(y), np.hypot(x, y)
-    edge = {"circle": far - r, "ring": np.abs(far - 0.76 * r) - 0.24 * r,
-            "square": np.maximum(x, y) - 0.86 * r, "diamond": (x + y - 1.15 * r) / 2 ** 0.5,
-            "triangle": np.maximum(down - 0.85 * r, (1.85 * x - down - r) / 2.1),
-            "cross": np.minimum(np.maximum(x - 0.3 * r, y - r), np.maximum(y - 0.3 * r, x - r))}[shape]
+    x, down, y = np.abs(x), y, np.abs(y)
+    edge = {"circle": lambda: np.hypot(x, y) - r, "ring": lambda: np.abs(np.hypot(x, y) - 0.76 * r) - 0.24 * r,
+            "square": lambda: np.maximum(x, y) - 0.86 * r, "diamond": lambda: (x + y - 1.15 * r) / 2 ** 0.5,
+            "triangle": lambda: np.maximum(down - 0.85 * r, (1.85 * x - down - r) / 2.1),
+            "cross": lambda: np.minimum(np.maximum(x - 0.3 * r, y - r), np.maximum(y - 0.3 * r, x - r))}[shape]()
     return np.clip(0.5 - scale * edge, 0, 1)
 
 
 def draw_scene(rng, scene, frames, side):
     """(frames, side, side, 3). Size, speed, place, tint and texture vary; what leaves comes back opposite."""
     r, speed = rng.uniform(8, 10), rng.uniform(9, 15)  # of 32 units, the frame's side; units a second
-    ys, xs = (np.mgrid[:side, :side] + 0.5) * (SIZE / side)
+    ys, xs = ((axis + 0.5) * (SIZE / side) for axis in np.ogrid[:side, :side])  # (side, 1), (1, side)
     step = np.array(DIRECTIONS[scene.direction]) * speed / FPS
     across = rng.uniform(r + 1, SIZE - r - 1)
     centre = np.where(step != 0, rng.uniform(0, SIZE, 2), across) + np.arange(frames)[:, None] * step
@@ -209,7 +210,9 @@ def draw_scene(rng, scene, frames, side):
     wave = np.sin(rng.uniform(-0.5, 0.5) * xs + rng.uniform(-0.5, 0.5) * ys)[..., None]
     ground = np.array(BACKGROUNDS[scene.background]) + 5 * wave + rng.normal(0, 3, 3)
     mask = cover(scene.shape, x, y, r, side / SIZE)[..., None]
-    return ground * (1 - mask) + (np.array(COLOURS[scene.colour]) + rng.normal(0, 4, 3)) * mask
+    picture = ground * (1 - mask)
+    picture += (np.array(COLOURS[scene.colour]) + rng.normal(0, 4, 3)) * mask
+    return picture
 
 
 def draw_clip(rng, clip, side):
@@ -228,13 +231,18 @@ def write_text(path, text):
 
 
 def write_media(path, rng, frames, container, codec, pix_fmt, options):
-    frames = np.clip(frames + rng.normal(0, 2.5, frames.shape), 0, 255).astype(np.uint8)
+    noisy = rng.normal(0, 2.5, frames.shape)
+    noisy += frames
+    frames = np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+    reformatter = VideoReformatter()
     with av.open(f"{path}.tmp", "w", format=container) as out:
         stream = out.add_stream(codec, rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            # stream.encode would do it too, with threads that take longer to start than to work
+            out.mux(stream.encode(reformatter.reformat(frame, format=pix_fmt, threads=1)))
         out.mux(stream.encode())
     os.replace(f"{path}.tmp", path)
 
