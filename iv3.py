@@ -538,6 +538,8 @@ class InternVideo3(nn.Module):
 # --------------------------------------------------------------------------------------------------- video in
 # Times are rounded to the clock of their file; two that are less than this apart are one, in seconds.
 TICK = 1e-3
+# Pixels of a picture that is decoded by one thread: others take longer to start than they save.
+SMALL = 256 * 256
 # Compressed frames held at once while the next key frame is looked for; a minute of them in most files.
 MOST_HELD = 1000
 
@@ -729,9 +731,8 @@ def decode_frames(path, start, wanted=None):
     for seek in attempts:
         with open_media(path) as opened:
             stream = opened.stream
-            # Threads cost more to start than they save on small pictures.
-            large = stream.width * stream.height > 256 * 256
-            stream.thread_type = "AUTO" if large else "NONE"
+            small = stream.width * stream.height <= SMALL
+            stream.thread_type = "NONE" if small else "AUTO"
             # A program stream (.mpg) has no time for most frames: they are counted from its beginning.
             seek = seek and opened.container.format.name != "mpeg"
             if seek:
@@ -837,7 +838,9 @@ def upright(frame, reformatter):
     """One decoded frame → (H, W, 3) uint8, upright (phones store a rotation beside the pixels).
 
     The frames of a video share a reformatter: setting one up takes longer than using it."""
-    pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    small = frame.width * frame.height <= SMALL
+    threads = 1 if small else None                       # None: as many as there are cores
+    pixels = reformatter.reformat(frame, format="rgb24", threads=threads).to_ndarray()
     turns = round(frame.rotation / 90) % 4                                  # PyAV: degrees counter-clockwise
     return np.ascontiguousarray(np.rot90(pixels, turns))
 

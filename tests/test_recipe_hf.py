@@ -125,7 +125,7 @@ def test_what_stops_a_conversion(flags, named, command, world, tmp_path, monkeyp
 
 
 def test_a_large_model_gets_the_papers_rates():
-    flags = {*train.OVERRIDES, "data", "without"} - {"steps"}
+    flags = {*train.OVERRIDES, "data", "without", "quick"} - {"steps"}
     args = SimpleNamespace(**dict.fromkeys(flags), steps=5)
     small, large = (train.recipe_of("sft_short", args, n) for n in (2e6, 2e9))
     assert (small.tokens, train.recipe_of("rl", args, 6.5e7).tokens) == (1536, 16_384)          # tiny, small

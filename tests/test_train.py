@@ -384,7 +384,7 @@ def test_a_file_of_the_current_folder_is_not_taken_for_the_recipes(toy, processo
 
 
 def test_without_leaves_files_out_of_the_mix():
-    args = SimpleNamespace(**dict.fromkeys(train.OVERRIDES), data=None, without=["sft_long.jsonl"])
+    args = SimpleNamespace(**dict.fromkeys(train.OVERRIDES), data=None, quick=False, without=["sft_long.jsonl"])
     left = train.recipe_of("sft_long", args, 10 ** 6).mix
     args.lr = 1e-4
     slow, whole = train.recipe_of("sft_long", args, 10 ** 6), train.STAGES["sft_long"].recipe
@@ -770,7 +770,7 @@ def test_a_stage_trained_again_forgets_its_scores_and_those_after_it_are_stale(t
 
 
 def test_a_base_that_was_replaced_is_converted_again(tiny, tokenizer, tmp_path):
-    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, max_frames=None,
+    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, quick=False, max_frames=None,
                            packs=None)
     iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer), tokenizer)
     (tmp_path / "convert").mkdir()
