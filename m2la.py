@@ -141,6 +141,8 @@ def attend(q, k, v, mask, scale):
     """Attention among T tokens: q (B,H,T,E), k (B,G,T,E), v (B,G,T,Dv) -> (B,T,H*Dv).
     mask: (B,1,T,T) bool, True = seen; or Blocks; or None = causal."""
     Dv = v.shape[-1]
+    if mask is None and q.device.type == "cpu" and 0 < q.shape[2] <= SHORT:
+        mask = causal_blocks(q.shape[2])
     if mask is None:
         share_heads = q.shape[1] > k.shape[1]
         v = widened(v, q)
@@ -232,6 +234,17 @@ class BlockAttention(torch.autograd.Function):
 
         dq = dq.mul_(ctx.scale).view(B, H, T, -1)
         return dq, dk.view(B, -1, *k.shape[1:]), dv.view(B, -1, *v.shape[1:]), None, None
+
+
+# Up to so many tokens plain products in blocks of queries, .7 of its time, come before the fused kernel on a CPU.
+SHORT = 768
+
+
+@lru_cache(4)                                                                    # all layers ask for the same
+def causal_blocks(T):
+    """The causal mask as Blocks of 64 queries."""
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+    return Blocks(mask, [(start, min(start + 64, T), 0, 0) for start in range(0, T, 64)])
 
 
 def attend_grouped(q, k, v, mask, scale):
@@ -513,7 +526,7 @@ class Held:
 class RowSet(NamedTuple):
     """Rows of one segment that new tokens see, in the cache itself or in one that it branched from."""
     rows: torch.Tensor                   # (B',N,width)
-    limits: torch.Tensor                 # (B',T') how many of them a token sees, …
+    limits: torch.Tensor                 # (B',T' or 1) how many of them a token sees, …
     high: int                            # … none more than so many,
     all_seen: bool                       # … or all of them so many
     gather: Callable                     # (B,T,…) by new token -> (B',T',…) by sequence of rows and token
@@ -672,7 +685,7 @@ class Cache:
                                 self.pad, self.unpad))
         for held in self.earlier:
             if held.high[segment]:
-                limits = held.counts[segment][:, None].expand(-1, held.most)
+                limits = held.counts[segment][:, None]
                 found.append(RowSet(held.cache.rows[layer][segment], limits, held.high[segment], held.seen is None,
                                     held.gather, partial(held.spread, shape=shape)))
         return found
@@ -786,7 +799,6 @@ class Attended(NamedTuple):
 
 def _attend_torch(parts, scale):
     """`latent_attend` in plain PyTorch: one softmax over the scores of all sets."""
-    H = parts[0].q.shape[2]
     scores = []
     for part in parts:
         for found in part.sets:
@@ -803,8 +815,9 @@ def _attend_torch(parts, scale):
         for found in part.sets:
             own = next(p)
             rows = found.rows[:, :found.high, :part.rank].to(own.dtype)
-            out = torch.bmm(found.gather(own).flatten(1, 2), rows)               # (B',T'*H,R)
-            outs.append(found.spread(out.view(*found.limits.shape, H, part.rank)))
+            met = found.gather(own)                                              # (B',T',H,n)
+            out = torch.bmm(met.flatten(1, 2), rows)                             # (B',T'*H,R)
+            outs.append(found.spread(out.view(*met.shape[:3], part.rank)))
             sums.append(own.sum(-1))
         latents.append(reduce(torch.add, outs))
         shares.append(reduce(torch.add, sums))
@@ -822,9 +835,9 @@ def latent_scores(q, bias, found, scale):
     s = torch.baddbmm(bias, rows, q.mT, beta=scale, alpha=scale)                 # (B',n,M)
     s = s.mT.view(*shape, found.high)
     if not found.all_seen:
-        unseen = torch.arange(found.high, device=q.device) >= found.limits[:, :, None]   # (B',T',n)
-        # Not -inf: padding may see nothing at all.
-        s.masked_fill_(unseen[:, :, None], torch.finfo(dtype).min)
+        unseen = torch.arange(found.high, device=q.device) >= found.limits[:, :, None]   # (B',T' or 1,n)
+        # Added, which is ten times as fast as filled in; not -inf: padding may see nothing at all.
+        s.add_(unseen[:, :, None].to(dtype), alpha=-1e30)
     return s
 
 
@@ -992,7 +1005,8 @@ def _attend_by_kernel(parts, scale):
         part_lses = []
         for found in part.sets:
             q = found.gather(part.q).to(found.rows.dtype)
-            out, lse = _attend_triton(q, found.rows, found.limits, part.rank, scale)
+            limits = found.limits.expand(q.shape[:2])
+            out, lse = _attend_triton(q, found.rows, limits, part.rank, scale)
             part_outs.append(found.spread(out))
             part_lses.append(found.spread(lse))
         outs.append(torch.cat(part_outs, 3))                                     # (B,T,H,J,R)

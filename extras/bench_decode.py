@@ -3,6 +3,7 @@
     python extras/bench_decode.py --preset tiny --contexts 1024,4096 --json F.json
     python extras/bench_decode.py --preset qwen3-vl-8b --attention-only --contexts 32768
     OMP_NUM_THREADS=1 python extras/bench_decode.py --preset small --contexts 2048,8192 --transformers
+    OMP_NUM_THREADS=1 python extras/bench_decode.py --preset small --contexts 2048,8192,32768 --transformers --prefill
 
 Decoding one token reads every weight and every cached value once, so on a GPU its time is a matter of bytes:
 M²LA's cache has half of GQA's. The paper (§6, one H200, bf16, batch 1, 16K tokens decoded, no acceleration
@@ -13,7 +14,8 @@ Three kinds are timed side by side. `gqa_eager` is the paper's baseline: the cac
 values are expanded to all heads, the scores are written out. `gqa` is what a good implementation does. Each
 time stands beside its limit: the bytes of a step at the rate at which this device copies memory (`of_copy`:
 the share reached). --transformers times a fourth beside them: Hugging Face's Qwen3-VL with the same weights,
-its DynamicCache and its fused attention.
+its DynamicCache and its fused attention. --prefill times reading the whole context instead, as text, into an
+empty cache: iv3 reads it in chunks, of which each meets its own tokens and then all earlier ones.
 
 Differs from the paper:
   1. The cache is filled with random values instead of a prefill: a step's time does not depend on them.
@@ -26,6 +28,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -315,6 +318,31 @@ def measured_times(models, gb, context, steps, device, batch):
     return {kind: float(np.median(ms)) for kind, ms in times.items()}
 
 
+def prefill_row(models, context, steps, device):
+    """The figures of reading `context` tokens of text into an empty cache; the kinds take turns."""
+    clock = step_clock()
+    cfg = models["gqa"].cfg
+    ids = torch.randint(2, cfg.vocab, (1, context), device=models["gqa"].device)
+    positions = torch.arange(context, device=ids.device).expand(3, 1, -1)
+
+    def ours(kind):
+        model = models[kind]
+        model(ids, positions, cache=model.new_cache(1, context, 0))
+
+    runs = {kind: partial(ours, kind) for kind in ("m2la", "gqa")}
+    if "transformers" in models:
+        runs["transformers"] = lambda: models["transformers"](input_ids=ids, use_cache=True)
+    times = {kind: [] for kind in runs}
+    for _ in range(1 + steps):                                    # the first warms up
+        for kind, run in runs.items():
+            times[kind].append(timed(run, device, clock))
+    ms = {kind: float(np.median(values[1:])) for kind, values in times.items()}
+    row = {"context": context} | {f"{kind}_ms": value for kind, value in ms.items()}
+    if "transformers" in ms:
+        row |= {f"{kind}_of_transformers": ms[kind] / ms["transformers"] for kind in ("m2la", "gqa")}
+    return row
+
+
 def rates(kind, model, ms, gb, copied, batch):
     """What a step's time means: tokens a second, and GB/s read, of the `copied` GB/s of this device."""
     lm = model.language_model
@@ -409,7 +437,10 @@ def bench_decode(args):
     memory = whole_memory(device)
     rows = []
     for context in tqdm(contexts, disable=None, leave=False):
-        row = decode_row(models, context, args.steps, device, copied, args.batch)
+        if args.prefill:
+            row = prefill_row(models, context, args.steps, device)
+        else:
+            row = decode_row(models, context, args.steps, device, copied, args.batch)
         if row["m2la_ms"] or row["gqa_ms"]:
             rows.append({"name": f"{args.preset} {context}", **row})
     print_rows(rows)
@@ -419,7 +450,8 @@ def bench_decode(args):
     env = {"device": name, "torch": torch.__version__, "dtype": str(dtype), "preset": args.preset, "batch": args.batch,
            "layers": layers, "attention_only": args.attention_only, "steps": args.steps, "seed": args.seed,
            "copy_gb_s": copied, "memory_gb": memory,
-           "measures": "median of a new token, random weights and cache"}
+           "measures": "median of " + ("a prefill, random weights" if args.prefill else
+                                       "a new token, random weights and cache")}
     return {"env": env, "rows": rows}
 
 
@@ -432,11 +464,14 @@ def main():
     add("--attention-only", action="store_true", help="time one attention layer, not the whole decoder")
     add("--batch", type=int, default=1, help="sequences that decode a token each (default 1)")
     add("--transformers", action="store_true", help="also time Hugging Face's decoder, which must be installed")
+    add("--prefill", action="store_true", help="time reading the context, not the token after it")
     add("--steps", type=int, default=20, help="timed tokens per kind (default 20)")
     add("--seed", type=int, default=0)
     add("--json", metavar="F", help="also write the result to this file")
     args = parser.parse_args()
     iv3.check_flags(args, {1: "layers steps batch"})
+    need(not args.prefill or args.batch == 1 and not args.attention_only,
+         "--prefill: reads one sequence with the whole decoder; leave --batch and --attention-only out")
     write_json(args.json, lambda: bench_decode(args))
 
 

@@ -11,6 +11,7 @@ import ablation
 import bench_conversion
 import bench_decode
 import bench_live_cache
+import bench_steps
 import bench_video
 import numpy as np
 import pytest
@@ -431,6 +432,40 @@ def test_bench_decode_times_the_three_side_by_side(more, tmp_path, monkeypatch, 
         assert row["speedup"] == row["gqa_ms"] / row["m2la_ms"]
         assert row["gqa_of_copy"] == row["gqa_gb_s"] / result["env"]["copy_gb_s"]
     assert "gqa_eager_ms" in capsys.readouterr().out
+
+
+def test_bench_steps_takes_turns_and_counts_what_is_same():
+    """The first step of either warms up; who begins changes."""
+    order = []
+
+    def part(who, given):
+        def run(step):
+            order.append((who, step))
+            return given
+        return run
+    row = bench_steps.row_of("texts", (part("a", ["x", "y", None]), part("b", ["x", "z", None])), 2)
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert (row["same"], row["n"]) == (6, 9) and row["ratio"] == row["now_s"] / row["before_s"]
+    row = bench_steps.row_of("step", (part("a", {"loss": 1.0}), part("b", {"loss": 2.0})), 1)
+    assert (row["loss_before"], row["loss_now"]) == (1.0, 2.0)
+
+
+def test_bench_decode_times_a_prefill(tmp_path, monkeypatch, capsys):
+    """The whole context is read, as one forward over an empty cache."""
+    file, lengths, forward = tmp_path / "prefill.json", [], iv3.InternVideo3.forward
+
+    def spy(self, ids, *args, **how):
+        assert not any(how["cache"].high)
+        lengths.append(ids.shape[1])
+        return forward(self, ids, *args, **how)
+    monkeypatch.setattr(iv3.InternVideo3, "forward", spy)
+    monkeypatch.setattr(sys, "argv", f"bench_decode.py --prefill --contexts 24,40 --steps 2 --json {file}".split())
+    bench_decode.main()
+    assert lengths == [24] * 6 + [40] * 6                        # two kinds, a warm-up and two timed
+    assert all(min(row["m2la_ms"], row["gqa_ms"]) > 0 for row in json.loads(file.read_text())["rows"])
+    monkeypatch.setattr(sys, "argv", "bench_decode.py --prefill --batch 2".split())
+    with pytest.raises(iv3.UserError, match="--prefill: reads one sequence"):
+        bench_decode.main()
 
 
 @torch.no_grad()

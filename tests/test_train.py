@@ -770,8 +770,8 @@ def test_a_stage_trained_again_forgets_its_scores_and_those_after_it_are_stale(t
 
 
 def test_a_base_that_was_replaced_is_converted_again(tiny, tokenizer, tmp_path):
-    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, quick=False, max_frames=None,
-                           packs=None)
+    args = SimpleNamespace(out=tmp_path, init=None, attn="m2la", cache_share=0.5, seed=0, data=None, quick=False,
+                           max_frames=None, packs=None)
     iv3.save_model(tmp_path / "base", random_model(tiny, tokenizer), tokenizer)
     (tmp_path / "convert").mkdir()
     record = {"cache_ratio": 0.5, **train.converted_as(tmp_path / "base", args)}
