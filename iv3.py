@@ -517,16 +517,16 @@ class InternVideo3(nn.Module):
             part = slice(start, start + PREFILL)
             part_vision = vision[:, part]
             part_valid = None if valid is None else valid[:, part]
-            # The cache finds a place for each new token, the layers write the rows, then they count as held.
-            # Padding takes no part in the layers.
+            # The cache finds a place for each new token.
             cache.begin(part_vision, part_valid)
+            # The layers write the rows there. Padding takes no part in them.
             part_rope = tuple(cache.unpad(r[:, part]) for r in rope)        # cos, sin (B,t,Dh/2)
             part_deep = [cache.unpad(d[:, part]) for d in deep]
             out = self.run_layers(cache.unpad(x[:, part]), part_deep, rope=part_rope,
                                   vision=cache.unpad(part_vision), cache=cache)
-            out = cache.pad(out)
+            outs.append(cache.pad(out))
+            # Now the rows count as held.
             cache.commit()
-            outs.append(out)
         return torch.cat(outs, 1)
 
     def logits(self, hidden):
@@ -536,12 +536,13 @@ class InternVideo3(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------- video in
+# sample_times says when to look, decode_frames gives all frames as they come, pick_frames those on the screen at
+# the times, read_video their pixels, patchify patches. Not to decode most of a file is an addition, at the end.
+
 # Times are rounded to the clock of their file; two that are less than this apart are one, in seconds.
 TICK = 1e-3
-# Pixels of a picture that is decoded by one thread: others take longer to start than they save.
+# A picture of at most so many pixels is decoded by one thread: more take longer to start than they save.
 SMALL = 256 * 256
-# Compressed frames held at once while the next key frame is looked for; a minute of them in most files.
-MOST_HELD = 1000
 
 
 @dataclass
@@ -561,12 +562,6 @@ class Opened(NamedTuple):
         """A time of the stream → seconds from the start of the file, to the bit as PyAV has frame.time."""
         base = self.stream.time_base
         return ticks * base.numerator / base.denominator - self.origin
-
-
-class Group(NamedTuple):
-    """Packets (frames as they are sent, compressed) from a key frame to the next. They need none before them."""
-    packets: list
-    until: float                             # when the next key frame is shown, in seconds; infinity: not known
 
 
 class Shown(NamedTuple):
@@ -634,97 +629,9 @@ def sample_times(start, end, fps, max_frames=None, pairs=False):
     return np.stack([first, first + 1 / fps], 1).reshape(-1)
 
 
-def packet_groups(opened):
-    """Yield the Groups of a file. Raises MediaError where its packets do not say when each frame is shown."""
-    packets = []
-    latest = -math.inf                                   # of the times so far
-    for packet in opened.container.demux(opened.stream):
-        if packet.size == 0:                             # the end: the decoder gives out what it still holds
-            packets.append(packet)
-            break
-        need(packet.pts is not None, "a frame without a time", MediaError)
-        if packet.is_keyframe:
-            need(packet.pts > latest, "a key frame that is shown before frames sent earlier", MediaError)
-            if packets:
-                yield Group(packets, opened.seconds(packet.pts))
-            packets = []
-        elif len(packets) == MOST_HELD:
-            yield Group(packets, math.inf)
-            packets = []
-        packets.append(packet)
-        latest = max(latest, packet.pts)
-    yield Group(packets, math.inf)
-
-
-def unseen(group, wanted, opened):
-    """Which B-frames of a group are on the screen at no wanted time? → the pts of their packets; none where
-    frames come unevenly: one may be lost, and what a decoder shows then depends on all that it has seen."""
-    pts = [packet.pts for packet in group.packets if packet.size > 0]
-    order = np.sort(pts)
-    steps = np.diff(order)
-    if len(steps) == 0 or steps.max() > 1.5 * steps.min():
-        return set()
-    # The frame at a wanted time is the last that has come by then.                                   (F,)
-    last = np.searchsorted(opened.seconds(order), wanted + TICK, "right") - 1
-    seen = set(order[np.maximum(last, 0)].tolist())
-    # A B-frame is shown before a frame that is sent earlier.
-    sent_before = np.maximum.accumulate(pts)
-    return {ticks for ticks, latest in zip(pts, sent_before) if ticks < latest} - seen
-
-
-def decode_group(group, context, skip):
-    """Yield the frames that come out of the decoder while the packets of a group go in. Those with a pts in
-    `skip` it may leave out."""
-    for packet in group.packets:
-        # The decoder leaves out such a frame, unless others refer to it.
-        context.skip_frame = "NONREF" if packet.pts in skip else "DEFAULT"
-        yield from packet.decode()
-
-
-def decode_sparsely(opened, wanted, anew):
-    """Yield the frames on the screen at the wanted times and some others, in order: a group that is over before
-    the next wanted time is not decoded. The frames are those that decoding everything gives, and where this is
-    not sure MediaError is raised. `anew`: the file is not read from its beginning."""
-    context = opened.stream.codec_context
-    upcoming = 0                                         # the first wanted time whose frame may still come
-    latest = -math.inf                                   # when the frame before was shown
-    key = None                                           # pts of the key frame that has to come out first
-    progressive = False
-    for group in packet_groups(opened):
-        if anew and not group.packets[0].is_keyframe:
-            continue
-        if group.until <= wanted[upcoming]:
-            anew = True
-            continue
-        if anew:
-            context.flush_buffers()
-            key = group.packets[0].pts
-            anew = False
-        skip = ()
-        if context.name == "h264" and progressive:       # of fields, two packets may be one frame
-            skip = unseen(group, wanted, opened)
-        for frame in decode_group(group, context, skip):
-            if key is not None:
-                if frame.pts < key:
-                    continue                             # an open group: this one refers to the group before
-                need(frame.pts == key and frame.key_frame, "no picture at a key frame", MediaError)
-                key = None
-            now = opened.seconds(frame.pts)
-            need(now > latest and not frame.is_corrupt, "damaged, or not in order", MediaError)
-            latest = now
-            progressive = not frame.interlaced_frame
-            yield now, frame
-            # The frames before this one were on the screen at all earlier times.
-            upcoming = min(int(np.searchsorted(wanted + TICK, now)), len(wanted) - 1)
-            if group.until <= wanted[upcoming]:
-                anew = True
-                break
-    need(key is None, "no picture at a key frame", MediaError)
-
-
 def decode_frames(path, start, wanted=None):
     """Yield (time, frame) from the key frame before `start` seconds on, or from the beginning of the file: all
-    frames, or those for the `wanted` times.
+    frames, or with `wanted` times those of `decode_sparsely`.
 
     A seek may land behind `start` where a format has no index (MPEG-TS): then the file is read as a whole."""
     attempts = [True, False] if start > 0 else [False]
@@ -741,14 +648,13 @@ def decode_frames(path, start, wanted=None):
             if wanted is None:
                 frames = ((frame.time - opened.origin, frame) for frame in opened.container.decode(stream))
             else:
-                frames = decode_sparsely(opened, wanted, anew=seek)
-            behind = False                               # did the seek land later than `start`?
-            for i, (now, frame) in enumerate(frames):
-                behind = seek and i == 0 and now > start + TICK
-                if behind:
-                    break
+                frames = decode_sparsely(opened, wanted, gap=seek)
+            for now, frame in frames:
+                if seek and now > start + TICK:
+                    break                                # behind: the next attempt
+                seek = False                             # it landed well
                 yield now, frame
-            if not behind:
+            else:
                 return
 
 
@@ -769,7 +675,7 @@ def pick_frames(path, frames, wanted, limit):
     """Of `shown_frames`, those on the screen at the wanted times: yield one Shown for each time.
 
     Raises MediaError where the file is cut off, and at the `limit` (time.monotonic)."""
-    count = 0                                            # of the wanted times whose frames are found
+    count = 0                                            # wanted times whose frame is found
     for shown in frames:
         need(time.monotonic() <= limit,
              f"{path}: decoding takes too long; read a shorter window or raise deadline", MediaError)
@@ -792,7 +698,7 @@ def pick_frames(path, frames, wanted, limit):
 
 
 def watch(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
-    """Yield Shown: what is on the screen at `sample_times` of [start, end) seconds. See `read_video`."""
+    """Yield the Shown on the screen at each of the `sample_times` of [start, end) seconds; see `read_video`."""
     duration = probe(path)
     start = max(0.0, start or 0.0)
     end = duration if end is None else min(end, duration)
@@ -810,9 +716,9 @@ def watch(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, dea
             yield shown
             count += 1
     except MediaError:
-        # Odd or damaged. Decoding everything gives the frames, or says what is wrong.
+        # The plain way, which also says what is wrong with a file.
         everything = pick_frames(path, shown_frames(path, start), wanted, limit)
-        yield from islice(everything, count, None)
+        yield from islice(everything, count, None)       # after those that are out
 
 
 def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False, deadline=None):
@@ -821,10 +727,10 @@ def read_video(path, start=None, end=None, fps=2.0, max_frames=None, pairs=False
     Raises MediaError (missing, broken, cut off, empty window, slower than `deadline` seconds, by default a
     minute and the length of the window). Where frames are wanted seldom, most of the file is not decoded, and
     damage there goes unnoticed."""
-    pixels = []                                          # of the frames found so far, one per wanted time
-    times = []                                           # when they came on the screen
+    pixels = []                                          # (H, W, 3), one per wanted time
+    times = []                                           # when each came on the screen
     reformatter = VideoReformatter()
-    last = None
+    last = None                                          # one frame may be on the screen at several times
     for shown in watch(path, start, end, fps, max_frames, pairs, deadline):
         if shown is not last:
             picture = upright(shown.frame, reformatter)
@@ -904,6 +810,117 @@ def patchify(frames, cfg, image=False, frame_tokens=()):
     patches = rearrange(x, "(n t) c (H a p) (W b q) -> (n H W a b) (c t p q)",
                         t=2, a=cfg.merge, b=cfg.merge, p=cfg.patch, q=cfg.patch)
     return patches, (size[0] // cfg.patch, size[1] // cfg.patch)
+
+
+# ---- the same frames, with most of a file not decoded
+#
+# A file holds packets: compressed frames, in the order they are sent. A decoder needs earlier ones for most.
+#
+#     key frame    a frame that needs no other: decoding can begin here
+#     group        the packets from a key frame to the next
+#     open group   its first frames on the screen, sent after the key frame, need the group before too
+#     B-frame      a frame that is sent after one that is shown later; often no other needs it
+#
+# Left out are groups that are over before the next wanted time, and B-frames (H.264) on the screen at none.
+
+# Packets held at once while the next key frame is looked for; a minute of them in most files.
+MOST_HELD = 1000
+
+
+class Group(NamedTuple):
+    """A group's packets, or MOST_HELD of a longer one."""
+    packets: list
+    until: float                             # when the next key frame is shown, in seconds; infinity: not known
+
+
+def packet_groups(opened):
+    """Yield the Groups of a file. MediaError where its packets do not say when each frame is shown."""
+    packets = []
+    latest = -math.inf                                   # of the times so far
+    for packet in opened.container.demux(opened.stream):
+        if packet.size == 0:                             # the end: the decoder gives out what it still holds
+            packets.append(packet)
+            break
+        need(packet.pts is not None, "a frame without a time", MediaError)
+        if packet.is_keyframe:
+            need(packet.pts > latest, "a key frame that is shown before frames sent earlier", MediaError)
+            if packets:
+                yield Group(packets, opened.seconds(packet.pts))
+            packets = []
+        elif len(packets) == MOST_HELD:
+            yield Group(packets, math.inf)
+            packets = []
+        packets.append(packet)
+        latest = max(latest, packet.pts)
+    yield Group(packets, math.inf)
+
+
+def idle_b_frames(group, wanted, opened):
+    """The pts of a group's B-frames that are on the screen at no wanted time. None of them where frames come
+    unevenly: one may be lost, and what a decoder shows then depends on all that it has seen."""
+    pts = [packet.pts for packet in group.packets if packet.size > 0]
+    order = np.sort(pts)
+    steps = np.diff(order)
+    if len(steps) == 0 or steps.max() > 1.5 * steps.min():
+        return set()
+    # The frame at a wanted time is the last that has come by then.                                   (F,)
+    last = np.searchsorted(opened.seconds(order), wanted + TICK, "right") - 1
+    seen = set(order[np.maximum(last, 0)].tolist())
+    # The latest time of all sent so far: a B-frame is shown before it.
+    sent = np.maximum.accumulate(pts)
+    return {ticks for ticks, latest in zip(pts, sent) if ticks < latest} - seen
+
+
+def decode_group(group, context, idle):
+    """Yield the frames that come out while a group goes into the decoder. It may leave out those with a pts in
+    `idle`."""
+    for packet in group.packets:
+        # NONREF: the decoder leaves out this frame, unless others need it.
+        context.skip_frame = "NONREF" if packet.pts in idle else "DEFAULT"
+        yield from packet.decode()
+
+
+def decode_sparsely(opened, wanted, gap):
+    """Yield (time, frame) of what is on the screen at the wanted times, and of some others, in order.
+
+    The frames are those that decoding everything gives; MediaError where this is not sure. `gap`: packets
+    before the first were left out."""
+    context = opened.stream.codec_context
+    upcoming = 0                                         # the first wanted time whose frame may still come
+    latest = -math.inf                                   # when the frame before was shown
+    key = None                                           # pts of the key frame that has to come out first
+    progressive = False                                  # known from the first frame on
+    for group in packet_groups(opened):
+        if gap and not group.packets[0].is_keyframe:
+            continue
+        if group.until <= wanted[upcoming]:
+            gap = True
+            continue
+        if gap:
+            # The decoder forgets what came before the gap.
+            context.flush_buffers()
+            key = group.packets[0].pts
+            gap = False
+        idle = ()
+        if context.name == "h264" and progressive:       # of fields, two packets may be one frame
+            idle = idle_b_frames(group, wanted, opened)
+        for frame in decode_group(group, context, idle):
+            if key is not None:
+                if frame.pts < key:
+                    continue                             # an open group: this one needs what was left out
+                need(frame.pts == key and frame.key_frame, "no picture at a key frame", MediaError)
+                key = None
+            now = opened.seconds(frame.pts)
+            need(now > latest and not frame.is_corrupt, "damaged, or not in order", MediaError)
+            latest = now
+            progressive = not frame.interlaced_frame
+            yield now, frame
+            # The frames before this one were on the screen at all earlier times.
+            upcoming = min(int(np.searchsorted(wanted + TICK, now)), len(wanted) - 1)
+            if group.until <= wanted[upcoming]:
+                gap = True                               # the rest of the group is not looked at
+                break
+    need(key is None, "no picture at a key frame", MediaError)
 
 
 # -------------------------------------------------------------------------------- tokenizer and chat template
@@ -1459,13 +1476,13 @@ def sample_token(logits, temperature, generator=None):
 
 
 class SharedPrompts(NamedTuple):
-    """Neighbouring prompts about the same media."""
+    """Neighbouring prompts about the same media, or one alone."""
     prompts: list                            # of Encoded
-    shared: int                              # tokens they all begin with, all of the media among them
+    shared: int                              # how many tokens they all begin with, those of all media among them
 
 
 def group_prompts(batch, vision_ids):
-    """Prompts of a batch → list of SharedPrompts: what they begin with is computed once.
+    """Prompts of a batch → list of SharedPrompts, whose shared tokens are computed once.
 
         prompt 1   [system │ video │ What?        ]        prompts 1 and 2: shared = the tokens of [system │ video]
         prompt 2   [system │ video │ What colour? ]
@@ -1484,14 +1501,14 @@ def group_prompts(batch, vision_ids):
 
 
 def shared_prefix(group, prompt, vision_ids):
-    """Tokens that `prompt` and all of a group begin with; 0 unless its media are theirs, among them."""
+    """How many tokens `prompt` and all prompts of a group begin with; 0 unless those hold all media of both."""
     first = group.prompts[0]
     vision = torch.isin(prompt.ids, torch.tensor(vision_ids)).nonzero()     # places of its pixels
     if len(vision) == 0:
         return 0                                         # without media there is little to save
     most = min(group.shared, len(prompt.ids) - 1)
     equal = first.ids[:most] == prompt.ids[:most]
-    shared = int(equal.cumprod(0).sum())                 # 1 up to the first difference
+    shared = int(equal.cumprod(0).sum())                 # cumprod: 1 up to the first difference
     if vision[-1] >= shared or not torch.equal(first.patches, prompt.patches):
         return 0
     return shared
@@ -1499,8 +1516,8 @@ def shared_prefix(group, prompt, vision_ids):
 
 @torch.no_grad()
 def prefill(model, batch, room, samples=1):
-    """Fill a new cache with prompts, each `samples` times, every shared video once; leave `room` behind.
-    → cache, hidden (B·samples, D) of each prompt's last token
+    """Fill a new cache with prompts: what a group shares once, the rest of each prompt once, then a branch for
+    each of its `samples`, with room for `room` more tokens. → cache, hidden (B·samples, D) of the last tokens
 
         heads, one a group    [system │ video]                    into a cache
         tails, one a prompt   └─ [What?]  └─ [What colour?]       into its branches
@@ -1546,13 +1563,13 @@ def generate(model, batch, stop, max_new, temperature=0.0, samples=1, generator=
     position = torch.tensor(starts, device=model.device)                    # (B,) of the next token
     outs = [Generation() for _ in starts]
 
-    running = outs                                       # whose rows are still in the cache
+    running = outs                                       # those that have a row in the cache, in its order
     for step in range(max_new):
         logits = model.logits(last)                                         # (B,V)
         logits[:, list(model.vision_ids)] = -torch.inf   # a placeholder stands for pixels: not to write
         token, logp = sample_token(logits, temperature, generator)          # (B,), (B,)
         for out, i, log_probability in zip(running, token.tolist(), logp.tolist()):
-            if out.ids[-1:] != [stop]:                   # what has ended is not listened to any more
+            if out.ids[-1:] != [stop]:                   # one that has ended takes no more tokens
                 out.ids.append(i)
                 out.logprobs.append(log_probability)
 
@@ -1607,7 +1624,7 @@ def build_model(cfg, tokenizer):
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """`with NoInit():` modules are built without random numbers. Their weights are replaced anyway, and drawing
+    """`with NoInit():` modules are built without random numbers: weights of a file replace them, and drawing
     them for tensors without memory imports PyTorch's compiler, which takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

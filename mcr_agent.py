@@ -115,7 +115,7 @@ class Pass(NamedTuple):
 
 def read_alone(model, new):
     """→ logits (V,) of the token that comes next."""
-    inputs = [x.to(model.device) for x in new[:4]]
+    inputs = [x.to(model.device) for x in (new.ids, new.positions, new.patches, new.grids)]
     hidden = model(*inputs, cache=new.cache)                        # (1,T,D)
     return model.logits(hidden[0, -1]).float()
 
@@ -290,7 +290,7 @@ class LiveModel:
 # ------------------------------------------------------------------------------------ several rollouts abreast
 # For evaluation; a reader of §3.1 can skip it. The model writes the next token of sixteen contexts in less than
 # twice the time of one. A rollout stays the plain loop that it is, in a thread of its own: where it needs the
-# model it waits, and when all wait, their next tokens are one forward pass.
+# model it waits. When all wait, their next tokens are one forward pass.
 
 # Tokens of all contexts together, sixteen of 8192: 15 GB of a 2B model in bf16. With M²LA too: a row is half as
 # large, but either segment has room for all of a context's tokens.
@@ -300,17 +300,17 @@ SHARED_TOKENS = 2 ** 17
 class Lane(threading.Thread):
     """Rollouts one after the other, beside those of other lanes.
 
-    Its thread is a coroutine: it runs while `resume` waits for it, and waits else. No two run at a time, so
-    nothing needs a lock and all comes in the same order every time."""
+    Its thread is a coroutine: it runs while `resume` waits for it, and waits otherwise. No two run at a time:
+    nothing needs a lock, and all comes in the same order every time."""
 
     def __init__(self, items, work, number, shared):
         super().__init__(daemon=True)        # an interrupted process does not wait for it
         self.items = items                   # an iterator from which all lanes take
         self.work = work                     # work(item, lane): a rollout, by a LiveModel with this lane
-        self.number = number
-        self.cache = shared.part(number)
+        self.number = number                 # its row of the shared cache
+        self.cache = shared.part(number)     # that row as a cache of one context
         self.asks = SimpleQueue()            # Passes that it waits for; at its end None, or an error
-        self.replies = SimpleQueue()         # logits (V,), or an error for the rollout
+        self.replies = SimpleQueue()         # to each its logits (V,), or an error for the rollout
 
     def run(self):
         end = None
@@ -353,30 +353,31 @@ def run_abreast(model, items, work, abreast, capacity):
     shared = model.new_cache(abreast, capacity)
     lanes = [Lane(items, work, number, shared) for number in range(abreast)]
     try:
-        replies = dict.fromkeys(lanes)
+        replies = dict.fromkeys(lanes)       # None: nothing was asked yet
         while replies:
-            wanted = {}                      # Lane → Pass, of those that have not ended
+            passes = {}                      # Lane → Pass, of those that have not ended
             for lane, reply in replies.items():
                 new = lane.resume(reply)
                 if new is not None:
-                    wanted[lane] = new
-            replies = read_together(model, shared, wanted)
+                    passes[lane] = new
+            replies = read_together(model, shared, passes)
     finally:
-        for lane in lanes:                   # those that still wait: a SystemExit ends a thread without a word
+        # After an error some still wait: a SystemExit ends a thread without a word.
+        for lane in lanes:
             lane.replies.put(SystemExit())
 
 
 @torch.inference_mode()
-def read_together(model, shared, wanted):
-    """wanted {Lane: Pass} → {Lane: logits (V,), or an error}: next tokens in one pass, all else one by one."""
-    step = {}
-    for lane, new in wanted.items():
+def read_together(model, shared, passes):
+    """{Lane: Pass} → {Lane: logits (V,), or an error}: those of one token together, all others one by one."""
+    step = {}                                # Lane → Pass of one token, in the lane's own context
+    for lane, new in passes.items():
         if new.cache is lane.cache and new.ids.shape[1] == 1:
             step[lane] = new
     replies = {}
     if len(step) > 1:
         replies = read_step(model, shared, step)
-    for lane, new in wanted.items():
+    for lane, new in passes.items():
         if lane not in replies:
             new.cache.recount()              # steps have written to it
             try:
@@ -566,8 +567,11 @@ CUT = 0.03                                   # of the pixels' range: grain and d
 
 
 def few_pixels(frame, reformatter):
-    """A decoded frame → (h,w,3) uint8, every so many rows and columns of `upright`: about 64 × 64 pixels are
+    """A decoded frame → (h,w,3) uint8, every so many rows and columns of `upright`. About 64 × 64 pixels are
     enough for 64 quantiles."""
+    def values(plane):
+        return np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
+
     rows = max(1, frame.height // 64)
     columns = max(1, frame.width // 64)
     even = frame.height % 2 == 0 and frame.width % 2 == 0
@@ -575,18 +579,20 @@ def few_pixels(frame, reformatter):
         pixels = upright(frame, reformatter)
         return pixels[::max(1, pixels.shape[0] // 64), ::max(1, pixels.shape[1] // 64)]
 
-    # Here four pixels share a colour. Converted is a small frame in which each wanted pixel is one of four: the
-    # same values to the bit, in a quarter of the time.
-    y, u, v = (np.frombuffer(plane, np.uint8).reshape(plane.height, -1) for plane in frame.planes)
+    # In yuv420p two by two pixels share a colour, u and v. A wanted pixel becomes the first of four in a small
+    # frame, and that is converted: the same values to the bit, in a quarter of the time.
+    y, u, v = (values(plane) for plane in frame.planes)
     y = y[:, :frame.width][::rows, ::columns]                               # (h,w)
     h, w = y.shape
-    row = np.arange(h) * rows // 2
-    column = np.arange(w) * columns // 2
+    row = np.arange(h) * rows // 2                                          # (h,) of u and v
+    column = np.arange(w) * columns // 2                                    # (w,)
     small = av.VideoFrame(2 * w, 2 * h, "yuv420p")
     small.colorspace = frame.colorspace
     small.color_range = frame.color_range
-    for plane, values, step in zip(small.planes, (y, u[row][:, column], v[row][:, column]), (2, 1, 1)):
-        np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[::step, :step * w:step] = values
+    small_y, small_u, small_v = (values(plane) for plane in small.planes)
+    small_y[::2, :2 * w:2] = y
+    small_u[:, :w] = u[row][:, column]
+    small_v[:, :w] = v[row][:, column]
     return reformatter.reformat(small, format="rgb24").to_ndarray()[::2, ::2]
 
 
@@ -600,8 +606,8 @@ def signature(pixels):
 
 
 def scene_starts(signatures, window, threshold=CUT):
-    """Numbers of the frames that begin a scene. signatures (F,S). Compared are the medians of `window` frames
-    before and after: a cut and a fade peak, a flash shorter than half the window does not."""
+    """signatures (F,S) → numbers of the frames that begin a scene. Compared are the medians of `window` frames
+    before and after: at a cut or a fade they differ, at a flash shorter than half the window they do not."""
     F = len(signatures)
     # The median of the `window` frames from each one on.                                           (F,S)
     medians = [np.median(signatures[t:t + window], 0) for t in range(F)]
@@ -633,12 +639,12 @@ def find_scenes(path, start, end, deadline=math.inf, fps=SCENE_FPS):
     reformatter = VideoReformatter()
     last = None                              # a frame may be on the screen at several of the times
     seen = end                               # seconds up to which it has looked
-    frames = watch(path, start, end, fps, deadline=math.inf)
-    for shown in tqdm(frames, "scenes", math.ceil((end - start) * fps), leave=False, disable=None):
+    looks = watch(path, start, end, fps, deadline=math.inf)
+    for shown in tqdm(looks, "scenes", math.ceil((end - start) * fps), leave=False, disable=None):
         if shown is not last:
-            drawn = signature(few_pixels(shown.frame, reformatter))
+            colours = signature(few_pixels(shown.frame, reformatter))
         last = shown
-        signatures.append(drawn)
+        signatures.append(colours)
         if time.monotonic() >= deadline:
             seen = min(end, start + len(signatures) / fps)
             break

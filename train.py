@@ -178,9 +178,9 @@ STAGES = {
 }
 CHAIN = tuple(STAGES)                # the stages of the whole recipe; what a fork adds is run by --stage
 
-# --quick: all of it in five minutes on two cores. What is other than above, and the share of the toy's videos.
-# A third of the rate in CPT: a fifth of the clips is soon known by heart. Half of the time is SFT's: of half
-# as many long packs the agent learns nothing.
+# --quick: the whole recipe in five minutes on two cores. Here stands what differs from STAGES.
+# CPT has a third of the learning rate: a fifth of the clips is soon known by heart. SFT has half of the time:
+# from half as many long packs the agent learns nothing.
 QUICK = {
     "cpt": dict(steps=40, packs=24, lr=1e-4, lr_min=3e-6),
     "sft_short": dict(steps=200, packs=4),
@@ -190,7 +190,7 @@ QUICK = {
     "rl": dict(steps=16, packs=4, lr=2e-4, pool=400),
     "opd": dict(steps=18, pool=400),
 }
-QUICK_SCALE = 0.2
+QUICK_SCALE = 0.2                    # share of the toy's videos
 SMALL = dict(tokens=16_384)          # from 10 M parameters on: preset small has 54 tokens a second of video
 
 
@@ -1809,8 +1809,8 @@ def curate(start, args):
 # ------------------------------------------------------------------------------------------- the whole recipe
 
 def whole_recipe(args):
-    """Every stage in order, each evaluated on test items that no stage has seen, its row printed at once; ends
-    with the tables."""
+    """Every stage in order. Each is evaluated on test items that no stage has seen, and its row is printed at
+    once. The tables come last."""
     clock = Clock(args)
     with clock.part("data", begun=args.data_dir.exists()):
         once(lambda: command("data/toy/prepare.py", "--out", args.data_dir, "--seed", args.seed,
@@ -1978,8 +1978,8 @@ def add_conclusions(scores, results, args):
 
 
 def gap_closed(scores, args):
-    """The share of the student-teacher gap that OPD closes: on the test items of those kinds of question in
-    which the *training* pool showed a gap (choosing them on the test would count luck as progress)."""
+    """The share of the student-teacher gap that OPD closes. Counted are test items of the kinds of question in
+    which the *training* pool showed a gap: choosing them on the test would count luck as progress."""
     kinds = read_json(args.out / "opd" / "kept.json")["kinds"]
     clips = []
     pairs = []                                          # what OPD gained and what there was to gain, per item
@@ -2028,7 +2028,7 @@ OTHER_SECONDS = {"data": 3, "cpt": 20, "report": 15}
 
 
 def expected_seconds(args):
-    """{part of the recipe: seconds}; empty where these proportions are not known to hold."""
+    """{part of the recipe: seconds on two cores}; empty where these figures are not known to hold."""
     if args.base == "scratch" or args.device != "cpu":
         return {}
     expected = Counter(OTHER_SECONDS)
@@ -2044,8 +2044,8 @@ def expected_seconds(args):
 
 
 class Clock:
-    """Says after each part how long all that is left takes: as expected, times how much slower than expected
-    this run has been so far. Of a part that an earlier run began the time is not known."""
+    """Says after each part how many minutes are left: the expected ones, times seconds taken by expected
+    seconds of the parts done so far. A part that an earlier run began is not timed."""
 
     def __init__(self, args, now=time.monotonic):
         self.now = now
@@ -2054,13 +2054,14 @@ class Clock:
         self.taken = read_json(self.file) if self.file.is_file() else {}
         self.expected = expected_seconds(args)
         last = {"data": "base/scores.json", "agent": "opd/agent.json", "report": "report.html"}
-        self.left = []                                     # parts whose last file is not there
+        self.left = []                                     # parts whose last file is not there yet
         for part in self.expected:
             if not (args.out / last.get(part, f"{part}/scores.json")).is_file():
                 self.left.append(part)
 
     @contextmanager
     def part(self, name, begun):
+        """`with clock.part(name, begun):` a part of the recipe. begun: an earlier run began it."""
         start = self.now()
         yield
         if not begun and rank() == 0:                      # the others may have found what this one began

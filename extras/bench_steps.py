@@ -3,8 +3,8 @@
     git worktree add ../before 526e1c1
     OMP_NUM_THREADS=1 python extras/bench_steps.py runs/tiny --against ../before
 
-Both do the same steps of a finished run, in turns: CPU seconds of one process, on one thread. *same*: sampled
-answers, texts and rollouts that are equal, of all; a training step shows its loss instead.
+Both do the same steps of a finished run, in turns. Times are CPU seconds of one process, on one thread. *same*:
+how many of the sampled answers, texts and rollouts are equal; a training step shows its loss instead.
 """
 import argparse
 import importlib
@@ -27,7 +27,7 @@ STARTS = {"cpt": "convert", "sft_short": "cpt", "sft_long": "sft_short", "rl": "
 
 def code_of(folder):
     """The five modules of a checkout, beside those of another."""
-    for name in MODULES:
+    for name in MODULES:                                          # else import gives those of the other
         sys.modules.pop(name, None)
     sys.path.insert(0, str(folder))
     try:
@@ -115,7 +115,7 @@ def parts_of(code, run):
 # ------------------------------------------------------------------------------------------ the bench
 
 def row_of(name, both, steps):
-    """One part's figures; both: the same part of the other code and of ours, which take turns."""
+    """One part's figures. both: the part by the other code and by ours; they take turns at being first."""
     seconds = [0.0, 0.0]
     same = total = 0
     losses = []
@@ -126,8 +126,8 @@ def row_of(name, both, steps):
             given[i] = both[i](step)
             if step > 0:                                          # the first warms up
                 seconds[i] += time.process_time() - start
-        if isinstance(given[0], dict):
-            losses = [figures["loss"] for figures in given]
+        if isinstance(given[0], dict):                            # a training step's figures
+            losses = [figures["loss"] for figures in given]       # shown are those of the last
             continue
         total += len(given[0])
         same += sum(map(lambda a, b: a == b, *given))
@@ -149,8 +149,11 @@ def bench_steps(args):
         rows.append(row_of(name, (other[name], ours[name]), args.steps))
     lines = []
     for row in rows:
-        shown = f"{row['same']} of {row['n']}" if "n" in row else f"{row['loss_before']:.4f} → {row['loss_now']:.4f}"
-        lines.append([row["name"], f"{row['before_s']:.2f}", f"{row['now_s']:.2f}", f"{row['ratio']:.2f}", shown])
+        if "n" in row:
+            same = f"{row['same']} of {row['n']}"
+        else:
+            same = f"{row['loss_before']:.4f} → {row['loss_now']:.4f}"
+        lines.append([row["name"], f"{row['before_s']:.2f}", f"{row['now_s']:.2f}", f"{row['ratio']:.2f}", same])
     print(table(["part", "before, s", "now, s", "ratio", "same"], lines))
     return {"steps": args.steps, "against": str(args.against), "rows": rows}
 
