@@ -2021,10 +2021,10 @@ def succeeds(script, *flags):
 # ---- the time that is left
 
 # Seconds of two cores: of a pack in a step, of a prompt in a filter, and of what grows with the toy's scale.
-PACK_SECONDS = {"cpt": 0.0155, "sft_short": 0.064, "sft_long": 0.114, "rl": 0.256, "opd": 0.225}
-PROMPT_SECONDS = {"rl": 0.0105, "opd": 0.0094}
-SCALE_SECONDS = {"data": 60, "cpt": 6, "sft_short": 22, "sft_long": 30, "rl": 14, "opd": 14, "agent": 45}
-OTHER_SECONDS = {"data": 3, "cpt": 20, "report": 15}
+PACK_SECONDS = {"cpt": 0.0071, "sft_short": 0.047, "sft_long": 0.091, "rl": 0.204, "opd": 0.164}
+PROMPT_SECONDS = {"rl": 0.006, "opd": 0.0043}
+SCALE_SECONDS = {"data": 33, "cpt": 6, "sft_short": 19, "sft_long": 31, "rl": 10, "opd": 11, "agent": 30}
+OTHER_SECONDS = {"data": 2, "cpt": 10, "report": 12}
 
 
 def expected_seconds(args):
